@@ -1,0 +1,126 @@
+"""Every configuration key, with its default and its meaning. The other configs change only what differs."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: the `micro` architecture and recipe, without a name."""
+    config = ConfigDict()
+
+    config.data = data = ConfigDict()
+    # `vital_articles` (the default corpus), a .txt file or a folder of them, a .jsonl or .csv file,
+    # or `tfds:NAME` for a prepared TensorFlow dataset.
+    data.source = "vital_articles"
+    # The column or feature that holds the text, and the one that holds the prompt (optional in the data).
+    data.text_key = "text"
+    data.prompt_key = "prompt"
+    # Rows come in this many lengths at most, chosen to waste the fewest positions on padding.
+    data.num_buckets = 7
+
+    config.tokenizer = tokenizer = ConfigDict()
+    # A folder with a saved `transformers` tokenizer; empty: train a byte-level BPE on the corpus.
+    tokenizer.path = ""
+    # Size of the trained vocabulary, special tokens included.
+    tokenizer.vocab_size = 8192
+
+    config.model = model = ConfigDict()
+    model.num_layers = 8
+    model.num_heads = 8
+    model.width = 512
+    # The longest text in tokens.
+    model.block_size = 256
+    # d_e, the dimension of the token embeddings in which the diffusion runs.
+    model.embedding_dim = 128
+    # Hidden width of the feed-forward layers, as a multiple of `width`.
+    model.mlp_ratio = 4
+    # Width of the noise-level representation from which every layer's adaptive scales are made.
+    model.conditioning_dim = 256
+    # Width of the short depthwise convolution before attention; 0 for none.
+    model.conv_width = 5
+    model.dropout = 0.1
+    # `auto` picks bfloat16 where the processor multiplies it faster than float32.
+    model.compute_dtype = "auto"
+    # Recompute each layer's activations in the backward pass: about a third slower, much less memory.
+    model.remat = False
+
+    config.prompt_encoder = prompt_encoder = ConfigDict()
+    # `minilm` (frozen all-MiniLM-L6-v2), `transformer` (trained from scratch), `gpt2` (frozen embeddings).
+    prompt_encoder.name = "minilm"
+    # The longest prompt in the encoder's tokens; the rest of a longer one is not read.
+    prompt_encoder.max_length = 64
+    # `gpt2`: a folder with GPT-2's model.safetensors and tokenizer.json.
+    prompt_encoder.path = ""
+    # `transformer`: its size.
+    prompt_encoder.num_layers = 2
+    prompt_encoder.num_heads = 4
+    prompt_encoder.width = 256
+
+    config.diffusion = diffusion = ConfigDict()
+    # `gumbel` (learned online), or fixed: `linear`, `cosine`, `sqrt`.
+    diffusion.schedule = "gumbel"
+    diffusion.schedule_learning_rate = 1e-2
+    # One row in this many is trained with its own first estimate as a further input; 0 for never.
+    diffusion.self_conditioning_every = 4
+    # Share of rows whose prompt is replaced by the learned null prompt.
+    diffusion.conditioning_dropout = 0.1
+    # Share of rows in which some spans are given clean, as in infilling.
+    diffusion.infill_fraction = 0.25
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 5e-4
+    # The token embeddings' learning rate, as a multiple of `learning_rate`.
+    optimizer.embedding_multiplier = 3.0
+    optimizer.warmup_steps = 1000
+    optimizer.weight_decay = 0.01
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.99
+    optimizer.clip_norm = 1.0
+    optimizer.ema_decay = 0.999
+
+    config.train = train = ConfigDict()
+    train.num_steps = 50_000
+    # Rows of `block_size` in one forward pass; shorter rows come in proportionally larger numbers.
+    train.batch_size = 4
+    train.accumulate_steps = 8
+    train.seed = 0
+    # Devices the rows are split over: host devices on a CPU.
+    train.num_devices = 1
+    # WORKDIR or WORKDIR@STEP: start from another run's weights.
+    train.init_from = ""
+
+    config.sampling = sampling = ConfigDict()
+    # `ddim`, `ddpm` or `dpmpp`.
+    sampling.scheduler = "ddim"
+    sampling.num_steps = 64
+    # logits = uncond + scale (cond - uncond); 1 is no guidance, 0 ignores the prompt.
+    sampling.guidance_scale = 1.5
+    # The part of the noise range, as quantiles u of the schedule, in which guidance acts.
+    sampling.guidance_interval = (0.1, 0.9)
+    sampling.temperature = 1.0
+    # What an infilling `[MASK]` without a length may grow to, in tokens.
+    sampling.max_gap = 8
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.every_steps = 1000
+    # Held-out rows scored at each level of the fixed noise grid.
+    evaluation.num_rows = 256
+    # Stratified draws of the noise level a sequence in the likelihood bound.
+    evaluation.bound_draws = 64
+    # Held-out rows in the likelihood bound.
+    evaluation.bound_rows = 64
+
+    config.logging = logging = ConfigDict()
+    # The run's name in the terminal and on Weights & Biases.
+    logging.name = "sunfish"
+    logging.every_steps = 20
+    logging.sample_every_steps = 1000
+    logging.sample_prompts = ("Write about dogs", "Physicist who developed the theory of relativity", "Volcano")
+    # Also write to Weights & Biases (needs the `wandb` extra).
+    logging.wandb = False
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 1000
+    # Newest steps kept, besides the best by held-out loss and every `keep_every_steps`-th.
+    checkpoint.keep = 5
+    checkpoint.keep_every_steps = 5000
+    return config

@@ -1,0 +1,1 @@
+"""A continuous text-diffusion language model for ordinary CPUs."""

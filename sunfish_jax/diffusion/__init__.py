@@ -1,0 +1,1 @@
+"""Pure functions of the diffusion: schedules, the forward process, loss, samplers, likelihood."""

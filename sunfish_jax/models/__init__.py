@@ -1,0 +1,1 @@
+"""Flax modules: the denoiser and the prompt encoders."""
