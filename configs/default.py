@@ -114,7 +114,11 @@ def get_config() -> ConfigDict:
     logging.name = "sunfish"
     logging.every_steps = 20
     logging.sample_every_steps = 1000
-    logging.sample_prompts = ("Write about dogs", "Physicist who developed the theory of relativity", "Volcano")
+    logging.sample_prompts = (
+        "Write about dogs",
+        "Physicist who developed the theory of relativity",
+        "Volcano",
+    )
     # Also write to Weights & Biases (needs the `wandb` extra).
     logging.wandb = False
 

@@ -1,0 +1,35 @@
+"""10 M parameters: the best text that two cores can reach in an hour or two.
+
+uv run main.py --config=configs/mini.py --workdir=workdir_mini
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+# By path, so that it is this file's neighbour from any working directory.
+get_default_config = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+
+
+def get_config() -> ConfigDict:
+    config = get_default_config()
+    config.tokenizer.vocab_size = 4096
+
+    config.model.num_layers = 6
+    config.model.num_heads = 4
+    config.model.width = 256
+    config.model.block_size = 256
+    config.model.mlp_ratio = 6
+
+    config.prompt_encoder.max_length = 32
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 400
+
+    config.train.num_steps = 12_000
+    config.train.batch_size = 8
+    config.train.accumulate_steps = 2
+
+    config.logging.name = "mini"
+    return config
