@@ -1,0 +1,85 @@
+"""The vocabulary head: cross-entropy, and the mean embedding under the predicted distribution."""
+
+import jax
+import jax.numpy as jnp
+
+from sunfish_jax.ops.dense import transposed_copy
+
+
+def token_logits(features: jax.Array, table: jax.Array) -> jax.Array:
+    """features @ table.T, accumulated and kept in float32.
+
+    Args:
+      features: [N, D].
+      table: [V, D]; its dtype is the one multiplied in.
+
+    Returns:
+      [N, V] float32.
+    """
+    dimensions = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+        features.astype(table.dtype), table, dimensions, preferred_element_type=jnp.float32
+    )
+
+
+def _exponentials(logits):
+    """exp(logits - max), its sum and the max, each row for itself."""
+    highest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - highest)
+    return exponentials, exponentials.sum(axis=-1, keepdims=True), highest
+
+
+def expected_embedding(logits: jax.Array, table: jax.Array) -> jax.Array:
+    """softmax(logits) @ table, the mean embedding x_hat.
+
+    The division by the softmax's sum comes after the product, where the array is narrow.
+
+    Args:
+      logits: [N, V] float32.
+      table: [V, D]; its dtype is the one multiplied in.
+
+    Returns:
+      [N, D] float32.
+    """
+    exponentials, total, _ = _exponentials(logits)
+    return jnp.dot(exponentials.astype(table.dtype), table, preferred_element_type=jnp.float32) / total
+
+
+@jax.custom_vjp
+def cross_entropy(features: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(features @ table.T)[targets] in nats.
+
+    Args:
+      features: [N, D].
+      table: [V, D]; its dtype is the one multiplied in.
+      targets: [N] int32 in [0, V).
+
+    Returns:
+      [N] float32.
+    """
+    return _cross_entropy_forward(features, table, targets)[0]
+
+
+def _cross_entropy_forward(features, table, targets):
+    logits = token_logits(features, table)
+    exponentials, total, highest = _exponentials(logits)
+    at_target = jnp.take_along_axis(logits, targets[:, None], axis=1)
+    loss = (jnp.log(total) + highest - at_target)[:, 0]
+    # Kept unnormalised and narrow: half the memory traffic of float32 probabilities.
+    return loss, (features, table, targets, exponentials.astype(table.dtype), total)
+
+
+def _cross_entropy_backward(residuals, g):
+    features, table, targets, exponentials, total = residuals
+    # d loss / d logits = softmax - onehot(target): the dense and the sparse part go separate ways.
+    scale = g[:, None] / total
+    d_features = scale * jnp.dot(exponentials, table, preferred_element_type=jnp.float32)
+    d_features -= g[:, None] * table[targets].astype(jnp.float32)
+    # features^T @ softmax rather than softmax^T @ features: the transposed copy is of the narrow operand.
+    scaled = (features.astype(jnp.float32) * scale).astype(table.dtype)
+    d_table = jnp.dot(transposed_copy(scaled), exponentials, preferred_element_type=jnp.float32).T
+    d_table = d_table.at[targets].add(-g[:, None] * features.astype(jnp.float32))
+    return d_features.astype(features.dtype), d_table.astype(table.dtype), None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -1,0 +1,107 @@
+"""Matrix products whose gradients stay on XLA:CPU's fast path."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+
+def transposed_copy(x: jax.Array) -> jax.Array:
+    """Swaps the last two dimensions and stores the result row by row.
+
+    XLA:CPU hands a dot to its fast library only when the left operand is contracted over its last dimension in
+    the default layout. A bare transpose is folded back into the slow form; the layout constraint keeps the copy.
+
+    Args:
+      x: [..., M, N].
+
+    Returns:
+      [..., N, M].
+    """
+    x = jnp.swapaxes(x, -1, -2)
+    if jax.default_backend() != "cpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """x @ kernel, computed in the kernel's dtype and accumulated in float32.
+
+    Args:
+      x: [N, K], any float dtype; cast to the kernel's.
+      kernel: [K, M].
+      out_dtype: dtype of the result.
+
+    Returns:
+      [N, M].
+    """
+    return _dense_forward(x, kernel, out_dtype)[0]
+
+
+def _dense_forward(x, kernel, out_dtype):
+    y = jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=out_dtype)
+    # A zero-size array carries the input's dtype to the backward pass, where the gradient must have it.
+    return y, (x.astype(kernel.dtype), kernel, jnp.zeros((0,), x.dtype))
+
+
+def _dense_backward(out_dtype, residuals, g):
+    del out_dtype
+    x, kernel, like_x = residuals
+    g = g.astype(kernel.dtype)
+    return input_gradient(g, kernel, like_x.dtype), kernel_gradient(x, g)
+
+
+def input_gradient(g: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """g @ kernel.T for g [N, M] and kernel [K, M']: the gradient with respect to a dense layer's input."""
+    return jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+
+
+def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+    """x.T @ g for x [N, K] and g [N, M]: the gradient with respect to a dense layer's kernel."""
+    return jnp.dot(transposed_copy(x), g, preferred_element_type=g.dtype)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+@jax.custom_vjp
+def squared_relu_mlp(x: jax.Array, kernel_in: jax.Array, kernel_out: jax.Array) -> jax.Array:
+    """relu(x @ kernel_in)^2 @ kernel_out, keeping one narrow array for the backward pass.
+
+    Args:
+      x: [N, K], cast to the kernels' dtype.
+      kernel_in: [K, M].
+      kernel_out: [M, K].
+
+    Returns:
+      [N, K] in float32.
+    """
+    return _mlp_forward(x, kernel_in, kernel_out)[0]
+
+
+def _square(r):
+    # Element-wise work between dots is done in float32: XLA:CPU rounds after every bfloat16 operation.
+    return jnp.square(r.astype(jnp.float32)).astype(r.dtype)
+
+
+def _mlp_forward(x, kernel_in, kernel_out):
+    dtype = kernel_in.dtype
+    low = x.astype(dtype)
+    r = jax.nn.relu(jnp.dot(low, kernel_in, preferred_element_type=dtype))
+    y = jnp.dot(_square(r), kernel_out, preferred_element_type=jnp.float32)
+    return y, (low, r, kernel_in, kernel_out, jnp.zeros((0,), x.dtype))
+
+
+def _mlp_backward(residuals, g):
+    low, r, kernel_in, kernel_out, like_x = residuals
+    g = g.astype(kernel_out.dtype)
+    d_kernel_out = kernel_gradient(_square(r), g)
+    d_square = input_gradient(g, kernel_out, jnp.float32)
+    d_hidden = (2.0 * r.astype(jnp.float32) * d_square).astype(kernel_in.dtype)
+    d_kernel_in = kernel_gradient(low, d_hidden)
+    return input_gradient(d_hidden, kernel_in, like_x.dtype), d_kernel_in, d_kernel_out
+
+
+squared_relu_mlp.defvjp(_mlp_forward, _mlp_backward)
