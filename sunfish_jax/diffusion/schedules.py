@@ -125,7 +125,7 @@ class CosineSchedule(_FixedSchedule):
 
 @flax.struct.dataclass
 class SqrtSchedule(_FixedSchedule):
-    """sigma^2 = sqrt(t + 1e-4): much noise from the start, which suits text (Diffusion-LM, arXiv 2205.14217)."""
+    """sigma^2 = sqrt(t + 1e-4): much noise from the start, which suits text (Diffusion-LM, 2205.14217)."""
 
     def gamma_at(self, t: jax.Array) -> jax.Array:
         variance = jnp.sqrt(t + 1e-4)
