@@ -99,7 +99,8 @@ def check_prompt(prompt: str) -> None:
         raise UserError("--prompt is empty: write what the text is to be about, or leave --prompt out")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
-            f"--prompt={shortened(prompt)!r} has {len(prompt)} characters: give at most {MAX_PROMPT_CHARACTERS}"
+            f"--prompt={shortened(prompt)!r} has {len(prompt)} characters: "
+            f"give at most {MAX_PROMPT_CHARACTERS}"
         )
     if not any(character.isalnum() for character in prompt):
         raise UserError(f"--prompt={shortened(prompt)!r} has no letter or digit: write it in words")
