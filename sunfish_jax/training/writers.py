@@ -1,0 +1,91 @@
+"""Where the figures and texts of a run are written: TensorBoard, the log, Weights & Biases."""
+
+import html
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sunfish_jax.errors import UserError
+from sunfish_jax.training import event_writer
+
+# `clu.metric_writers` imports TensorFlow in this one submodule; ours has its place before the first import.
+sys.modules.setdefault("clu.metric_writers.summary_writer", event_writer)
+
+from clu import metric_writers  # noqa: E402
+
+
+class WandbWriter(event_writer.SummaryWriter):
+    """A CLU `MetricWriter` that sends scalars and texts to Weights & Biases."""
+
+    def __init__(self, workdir: Path, name: str):
+        """Starts the run of this workdir, or goes on with it when the workdir is resumed.
+
+        Args:
+            workdir: the run's folder; W&B keeps its files in `wandb/` there, offline ones included.
+            name: the run's name on Weights & Biases.
+
+        Raises:
+            UserError: `wandb` is not installed.
+        """
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "logging.wandb is True but wandb is not installed: run `uv sync --extra wandb`, "
+                "or leave out --config.logging.wandb"
+            ) from None
+        self._wandb = wandb
+        id_file = workdir / "wandb_run_id.txt"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        self._run = wandb.init(
+            project="sunfish_jax", name=name, dir=os.fspath(workdir), id=id_file.read_text(), resume="allow"
+        )
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]):
+        """Writes one point of each named curve."""
+        self._run.log({name: float(value) for name, value in scalars.items()}, step=int(step))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]):
+        """Writes texts as they are."""
+        pages = {name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
+        self._run.log(pages, step=int(step))
+
+    def write_hparams(self, hparams: Mapping[str, Any]):
+        """Writes the configuration."""
+        self._run.config.update(dict(hparams), allow_val_change=True)
+
+    def flush(self):
+        """Weights & Biases sends by itself."""
+
+    def close(self):
+        """Ends the W&B run."""
+        self._run.finish()
+
+
+def make_writer(config: ConfigDict, workdir: Path, first_step: int = 0) -> metric_writers.MetricWriter:
+    """The writer of a training run, working in the background.
+
+    Args:
+        config: the whole configuration; `logging.wandb` and `logging.name` are read.
+        workdir: TensorBoard's event files go here.
+        first_step: the step the run goes on from; 0 for a new one.
+
+    Returns:
+        A CLU writer to TensorBoard, to the log (shown with `--verbosity=0`) and, if asked for, to W&B.
+
+    Raises:
+        UserError: W&B was asked for and is not installed.
+    """
+    writers = [
+        metric_writers.LoggingWriter(),
+        event_writer.SummaryWriter(os.fspath(workdir), first_step),
+    ]
+    if config.logging.wandb:
+        writers.append(WandbWriter(workdir, config.logging.name))
+    return metric_writers.AsyncMultiWriter(writers)
