@@ -1,0 +1,51 @@
+"""Stopping a run from outside without losing work: Ctrl-C and SIGTERM."""
+
+import os
+import signal
+import sys
+import threading
+
+
+class StopRequest:
+    """Within its `with` block the first SIGINT or SIGTERM only asks to stop; the second ends the process.
+
+    The main thread spends most of its time inside compiled code, where Python runs no signal handler. So a
+    thread of its own reads the signals, from the pipe into which Python's C handler writes their numbers.
+    """
+
+    def __init__(self):
+        self._asked = threading.Event()
+
+    def __bool__(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._asked.is_set()
+
+    def __enter__(self) -> "StopRequest":
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
+        self._thread.start()
+        self._old_wakeup = signal.set_wakeup_fd(self._write_end)
+        # Python's handlers do nothing: they exist so that the signals neither end the process nor raise.
+        self._old_handlers = {
+            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._write_end)  # ends the thread
+        self._thread.join()
+
+    def _watch(self, read_end: int):
+        while number := os.read(read_end, 1):
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if self._asked.is_set():
+                print("\nended at once, without saving", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
+            self._asked.set()
+            print("\nstopping after this step (once more: end at once, without saving)", flush=True)
+        os.close(read_end)

@@ -1,0 +1,70 @@
+"""Signals ask a run to stop, and a second one ends it."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# A main thread inside C code that a signal does not interrupt, as in a compiled training step: one call.
+PROGRAM = """
+import hashlib, sys
+from sunfish_jax.training.interrupt import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))
+    print("asked" if stop else "not asked", flush=True)
+"""
+
+
+def start(iterations):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(iterations)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_only_asks(number):
+    process = start(1_000_000)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert "stopping after this step" in out and out.endswith("asked\n") and "not asked" not in out
+
+
+def test_no_signal_no_request():
+    out, _ = start(1_000_000).communicate(timeout=20)
+    assert out == "not asked\n"
+
+
+def test_second_signal_ends_at_once_even_inside_compiled_code():
+    process = start(100_000_000)
+    process.send_signal(signal.SIGINT)
+    assert "stopping" in process.stdout.readline() + process.stdout.readline()
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "without saving" in err
+    assert time.monotonic() - began < 5
+
+
+def test_handlers_are_put_back():
+    from sunfish_jax.training.interrupt import StopRequest
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        for _ in range(100):
+            if stop:
+                break
+            time.sleep(0.01)
+        assert stop
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert signal.set_wakeup_fd(-1) == -1
