@@ -1,0 +1,146 @@
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.diffusion import process
+from sunfish_jax.evaluation import held_out
+from sunfish_jax.models.prompt import Prompt
+
+VOCAB, DIM, LENGTH = 12, 8, 16
+
+
+class Stub(nn.Module):
+    """A denoiser that knows the single-token posterior and, if told, which token follows which.
+
+    In its texts token v is followed by v + 1: `context` reads it off the noisy left neighbour.
+    `first_estimate` is worth that many nats to a model that sees its own estimate.
+    """
+
+    context: bool = False
+    first_estimate: float = 0.0
+
+    def setup(self):
+        self.raw = self.param("raw", nn.initializers.normal(1.0), (VOCAB, DIM))
+
+    def embedding_table(self):
+        return self.raw * DIM**0.5 / jnp.linalg.norm(self.raw, axis=-1, keepdims=True)
+
+    def encode_prompt(self, prompt):
+        return prompt.mask
+
+    def _logits(self, z, gamma, x_hat):
+        scores = process.posterior_scale(gamma)[:, None, None] * (z @ self.embedding_table().T)
+        if self.context:
+            left = jnp.pad(scores, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+            scores = scores + jnp.roll(jnp.log(jax.nn.softmax(left) + 1e-3), 1, axis=-1)
+        return scores * (1 + self.first_estimate * jnp.any(x_hat != 0))
+
+    def estimate(self, z, gamma, x_hat, known_mask, prompt):
+        return jax.nn.softmax(self._logits(z, gamma, x_hat)) @ self.embedding_table()
+
+    def cross_entropy(self, tokens, z, gamma, x_hat, known_mask, prompt):
+        log_probs = jax.nn.log_softmax(self._logits(z, gamma, x_hat))
+        return -jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+
+
+def rows(num_batches=5, batch=6):
+    rng = np.random.default_rng(0)
+    for _ in range(num_batches):
+        tokens = (rng.integers(VOCAB, size=(1, batch, 1)) + np.arange(LENGTH)) % VOCAB
+        lengths = rng.integers(LENGTH // 2, LENGTH + 1, size=(1, batch, 1))
+        prompt = Prompt(np.zeros((1, batch, 4), np.int32), np.zeros((1, batch, 4), bool))
+        mask = np.arange(LENGTH) < lengths
+        yield Batch(tokens.astype(np.int32), mask, np.zeros_like(mask), prompt)
+
+
+def evaluate(model, table=None, **kwargs):
+    raw = jax.random.normal(jax.random.key(3), (VOCAB, DIM)) if table is None else table
+    return held_out.held_out_cross_entropy(model, {"raw": raw}, list(rows()), **kwargs)
+
+
+def test_the_single_token_posterior_matches_a_float64_loop():
+    """At each level the mean over real tokens, whatever the padding holds."""
+    raw = jax.random.normal(jax.random.key(3), (VOCAB, DIM))
+    table = np.asarray(raw, np.float64)
+    table *= math.sqrt(DIM) / np.linalg.norm(table, axis=-1, keepdims=True)
+    figures = evaluate(Stub(), raw)
+    means = []
+    for snr in process.HELD_OUT_SNRS:
+        # The same quantity from other noise, so agreement is up to sampling.
+        rng = np.random.default_rng(1)
+        gamma = math.log(DIM / snr)
+        alpha, sigma = math.sqrt(1 / (1 + math.exp(gamma))), math.sqrt(1 / (1 + math.exp(-gamma)))
+        tokens = rng.integers(VOCAB, size=4000)
+        z = alpha * table[tokens] + sigma * rng.normal(size=(4000, DIM))
+        logits = alpha / sigma**2 * z @ table.T
+        log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        means.append(-log_probs[np.arange(4000), tokens].mean())
+        assert figures[f"held_out/rho_{snr:g}"] == pytest.approx(means[-1], abs=0.15)
+    assert figures["held_out/mean"] == pytest.approx(np.mean(means), abs=0.05)
+
+
+def test_a_model_without_context_gains_nothing_from_it():
+    unigram = held_out.log_unigram(np.full(VOCAB, 1000))
+    figures = evaluate(Stub(), log_unigram=unigram)
+    for snr in process.HELD_OUT_SNRS:
+        # The same noise and, up to a constant, the same logits.
+        assert figures[f"context/none_{snr:g}"] == pytest.approx(figures[f"context/true_{snr:g}"], abs=1e-4)
+    assert abs(figures["context/gain"]) < 0.05
+    assert figures["held_out/self_conditioning_gain"] == 0
+
+
+def test_a_model_with_context_loses_it_when_words_are_shuffled():
+    figures = evaluate(Stub(context=True))
+    assert "context/none_1" not in figures
+    assert figures["context/shuffled_2.4"] > figures["context/true_2.4"] + 0.5
+    assert figures["context/gain"] > 0.3
+
+
+def test_self_conditioning_gain_has_the_right_sign():
+    # Sharpening a calibrated posterior makes it worse.
+    assert evaluate(Stub(first_estimate=1.0))["held_out/self_conditioning_gain"] < -0.05
+
+
+def test_figures_repeat_and_compile_once():
+    held_out._cross_entropy.clear_cache()
+    assert evaluate(Stub()) == evaluate(Stub())
+    # One shape, with and without self-conditioning.
+    assert held_out._cross_entropy._cache_size() == 2
+
+
+def test_shuffling_keeps_the_words_the_end_and_the_padding():
+    batch = next(rows())
+    tokens, mask = batch.tokens[0], batch.padding_mask[0]
+    shuffled = held_out.shuffle_words(tokens, mask, seed=0)
+    assert (shuffled != tokens).any()
+    for before, after, real in zip(tokens, shuffled, mask, strict=True):
+        n = real.sum()
+        np.testing.assert_array_equal(after[n - 1 :], before[n - 1 :])
+        np.testing.assert_array_equal(np.sort(after[:n]), np.sort(before[:n]))
+
+
+def test_nearest_neighbour_distance():
+    # More rows than one block holds; unit vectors at right angles, then with one of them there twice.
+    class Table(nn.Module):
+        def setup(self):
+            self.table = self.param("table", nn.initializers.zeros, (600, 600))
+
+        def embedding_table(self):
+            return self.table
+
+    def distance(table):
+        return float(held_out.nearest_neighbour_distance(Table(), {"table": jnp.asarray(table)}))
+
+    assert distance(3 * np.eye(600)) == pytest.approx(math.sqrt(2))
+    table = np.eye(600)
+    table[599] = table[0]
+    assert distance(table) == pytest.approx(math.sqrt(2) * 598 / 600, abs=2e-3)
+
+
+def test_log_unigram():
+    np.testing.assert_allclose(held_out.log_unigram(np.array([0, 2])), np.log([0.25, 0.75]), rtol=1e-6)
