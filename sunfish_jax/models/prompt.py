@@ -18,3 +18,8 @@ class Prompt:
 
     inputs: np.ndarray | jax.Array
     mask: np.ndarray | jax.Array
+
+
+def round_up(length: int) -> int:
+    """The width in which a prompt of `length` tokens is kept: the next multiple of 16, so that few shapes occur."""
+    return max(1, -(-int(length) // 16)) * 16
