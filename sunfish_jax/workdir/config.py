@@ -79,9 +79,7 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     wanted = type(default)
     fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
     if not fits or isinstance(value, bool) != (wanted is bool):
-        raise UserError(
-            f"config.{key}={value!r}: give a value of type {wanted.__name__}, such as {default!r}"
-        )
+        raise UserError(f"config.{key}={value!r}: give a value of type {wanted.__name__}, such as {default!r}")
     if wanted is tuple and any(not _same_kind(item, default[0]) for item in value):
         raise UserError(f"config.{key}={value!r}: give values such as {default!r}")
 

@@ -1,0 +1,207 @@
+"""A run's checkpoints: the one importer of Orbax."""
+
+import errno
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from sunfish_jax.errors import UserError
+
+CHECKPOINTS_FOLDER = "checkpoints"
+_METRIC = "held_out"
+
+
+class Checkpoints:
+    """The checkpoints in a workdir; a context manager.
+
+    Kept are the newest `keep`, the one with the lowest held-out loss and every `keep_every_steps`-th. Saving is
+    synchronous: when `save` returns, the checkpoint is whole on disk under its final name, whatever happens to
+    the process next.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict | None = None):
+        """Opens the checkpoints.
+
+        Args:
+            workdir: the run's folder.
+            config: the `checkpoint` group, to save; None to read only.
+        """
+        # One line a saved array is not for the terminal.
+        logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
+        self._workdir = workdir
+        folder = (workdir / CHECKPOINTS_FOLDER).absolute()
+        if config is None and not folder.is_dir():
+            raise UserError(f"--workdir={workdir} has no checkpoint yet: train until the first one is saved")
+        self._manager = ocp.CheckpointManager(folder, options=_options(config))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps that can be restored, in rising order."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step, or None."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Returns the step with the lowest held-out loss, or None where none was measured."""
+        return self._manager.best_step()
+
+    def save(
+        self, step: int, state: Any, metrics: Mapping[str, float] | None = None, *, force: bool = False
+    ) -> None:
+        """Saves `state`, a pytree of arrays, as `step`; a step that is there already is left as it is.
+
+        Args:
+            step: optimiser steps taken.
+            state: the train state.
+            metrics: `{"held_out": loss}` where it was measured at this step.
+            force: save even if a newer step is there.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics=metrics, force=force
+            )
+            self._manager.wait_until_finished()
+        except Exception as error:
+            reason = _disk_problem(error)
+            if reason is None:
+                raise
+            raise UserError(
+                f"the checkpoint of step {step} could not be saved in {self._workdir} ({reason}): "
+                f"free some space and run the same command; steps kept: {_listed(self.steps())}"
+            ) from error
+
+    def resolve(self, step: int | str) -> int:
+        """Returns the number of `latest`, `best` or a step.
+
+        Raises:
+            UserError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"--workdir={self._workdir} has no checkpoint yet: train until the first one is saved")
+        if step == "latest":
+            return steps[-1]
+        if step == "best":
+            best = self.best_step()
+            if best is None:
+                raise UserError(
+                    f"--checkpoint=best: no held-out loss was measured yet in {self._workdir}; give latest"
+                )
+            return best
+        if int(step) not in steps:
+            raise UserError(f"--checkpoint={step}: {self._workdir} has the steps {_listed(steps)}")
+        return int(step)
+
+    def restore(self, abstract_state: Any, step: int | str = "latest") -> Any:
+        """Returns the state of a step.
+
+        Args:
+            abstract_state: the state, or its `jax.eval_shape`; a leaf's sharding, if it has one, is what it gets.
+            step: `latest`, `best` or a number.
+
+        Raises:
+            UserError: there is no such step, or it was saved from another architecture.
+        """
+        number = self.resolve(step)
+        self.check_shapes(number, abstract_state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return self._manager.restore(number, args=args).state
+
+    def restore_fields(self, abstract_fields: Mapping[str, Any], step: int | str = "latest") -> dict[str, Any]:
+        """Returns some fields of a state, without reading the others.
+
+        Args:
+            abstract_fields: field of the state -> its abstract value, as in `restore`.
+            step: `latest`, `best` or a number.
+
+        Raises:
+            UserError: as for `restore`.
+        """
+        number = self.resolve(step)
+        self.check_shapes(number, abstract_fields)
+        abstract_fields = dict(abstract_fields)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_fields)
+        args = ocp.args.PyTreeRestore(item=abstract_fields, restore_args=restore_args, partial_restore=True)
+        return self._manager.restore(number, args=ocp.args.Composite(state=args)).state
+
+    def check_shapes(self, step: int, abstract_state: Any) -> None:
+        """Raises a UserError that names the arrays of `abstract_state` that `step` has not, or in another shape."""
+        saved = _shapes(self._manager.item_metadata(step).state.tree)
+        wanted = _shapes(abstract_state)
+        fields = {name.partition(".")[0] for name in wanted}
+        saved = {name: shape for name, shape in saved.items() if name.partition(".")[0] in fields}
+        differing = [
+            f"{name} is {saved.get(name, 'not there')}, not {wanted.get(name, 'there')}"
+            for name in wanted | saved
+            if saved.get(name) != wanted.get(name)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                f"step {step} in {self._workdir} was saved from another architecture: "
+                f"{'; '.join(differing[:3])}{more}; use the configuration that it was trained with"
+            )
+
+
+def _options(config: ConfigDict | None) -> ocp.CheckpointManagerOptions:
+    best = {"best_fn": lambda metrics: metrics[_METRIC], "best_mode": "min"}
+    if config is None:
+        return ocp.CheckpointManagerOptions(read_only=True, create=False, **best)
+    kept = preservation_policy.AnyPreservationPolicy(
+        [
+            preservation_policy.LatestN(config.keep),
+            preservation_policy.EveryNSteps(config.keep_every_steps),
+            preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics[_METRIC],
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+    )
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=kept,
+        enable_async_checkpointing=False,
+        # What a killed process left half written.
+        cleanup_tmp_directories=True,
+        **best,
+    )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _disk_problem(error: BaseException | None) -> str | None:
+    # Orbax and TensorStore wrap the system's error, or give it as text only.
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return error.strerror
+        for text in ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"):
+            if text in str(error):
+                return text
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
