@@ -65,9 +65,9 @@ class _Epoch:
 class BatchSource:
     """The training batches, indexable by step without end (a `grain` random-access source).
 
-    An epoch shuffles the rows of each bucket and the order of the steps over all buckets. Rows that do not fill
-    a last step move up to the next longer bucket; those that do not fill one there either, fewer than one step's,
-    sit out the epoch.
+    An epoch shuffles the rows of each bucket and the order of the steps over all buckets. Rows that do not
+    fill a last step move up to the next longer bucket; what does not fill one even in the longest (fewer rows
+    than one step takes) sits out the epoch.
     """
 
     def __init__(self, split: TokenizedSplit, buckets: tuple[int, ...], config: ConfigDict, prompts: Prompts):
@@ -95,8 +95,8 @@ class BatchSource:
         self.steps_per_epoch = len(self._epoch(0).steps)
         if not self.steps_per_epoch:
             raise UserError(
-                f"the corpus is too small: {split.num_rows} rows of training text, but one optimiser step takes "
-                f"{self._rows_per_step[-1]} of {buckets[-1]} tokens; lower train.batch_size="
+                f"the corpus is too small: {split.num_rows} rows of training text, but one optimiser step "
+                f"takes {self._rows_per_step[-1]} of {buckets[-1]} tokens; lower train.batch_size="
                 f"{config.train.batch_size} or train.accumulate_steps={self._accumulate}, or give more text"
             )
 

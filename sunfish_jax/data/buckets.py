@@ -6,9 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 
-def choose_buckets(
-    lengths: np.ndarray, num_buckets: int, block_size: int, multiple: int = 16
-) -> tuple[int, ...]:
+def choose_buckets(lengths: np.ndarray, num_buckets: int, block_size: int, multiple: int = 16) -> tuple[int, ...]:
     """The lengths that leave the least padding when every row goes into the shortest bucket that holds it.
 
     Exact, by dynamic programming over the candidate lengths.
@@ -27,16 +25,14 @@ def choose_buckets(
     # Rows no longer than each candidate; no row is shorter than 1, so a zeroth candidate of 0 holds none.
     sizes = [0, *candidates]
     rows_up_to = np.searchsorted(np.sort(lengths), sizes, side="right")
-    # cost[j]: positions computed for all rows up to sizes[j] when sizes[j] is a bucket, with the buckets so far.
+    # cost[j]: positions computed for all rows up to sizes[j], the longest of the buckets so far.
     cost = np.full(len(sizes), np.inf)
     cost[0] = 0
     choices: list[np.ndarray] = []
     for _ in range(min(num_buckets, len(candidates))):
         # via[i, j]: the bucket before j is i.
         new_rows = rows_up_to[None, :] - rows_up_to[:, None]
-        via = np.where(
-            np.tri(len(sizes), k=-1, dtype=bool).T, cost[:, None] + new_rows * np.array(sizes), np.inf
-        )
+        via = np.where(np.tri(len(sizes), k=-1, dtype=bool).T, cost[:, None] + new_rows * np.array(sizes), np.inf)
         via[0, 0] = 0  # Fewer buckets than allowed: stay at the start.
         choices.append(np.argmin(via, axis=0))
         cost = np.min(via, axis=0)

@@ -10,8 +10,8 @@ _KNOWN_SHARE = (0.1, 0.9)
 def known_spans(rng: np.random.Generator, padding_mask: np.ndarray, fraction: float) -> np.ndarray:
     """Draws rows with known and unknown spans by turns; in the other rows nothing is known.
 
-    Each chosen row draws the share of its tokens that is known and the mean length of its spans; span lengths are
-    geometric, so that every token has the same chance of being known.
+    Each chosen row draws the share of its tokens that is known and the mean length of its spans; span lengths
+    are geometric, so that every token has the same chance of being known.
 
     Args:
       rng: is drawn from in the same way whatever the masks hold.

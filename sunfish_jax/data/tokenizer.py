@@ -62,9 +62,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer.path={path} has no tokenizer.json: save it with a fast tokenizer")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer.path={path} has no end-of-text token: set its eos_token and save it again"
-        )
+        raise UserError(f"tokenizer.path={path} has no end-of-text token: set its eos_token, save it again")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Where text ends and where nothing is are different things to learn.
         tokenizer.add_special_tokens({"pad_token": PAD})

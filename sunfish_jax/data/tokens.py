@@ -93,7 +93,7 @@ def prepare(
     folder = directory / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     if not folder.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        # Only a finished folder gets its real name, so an interrupted preparation is never taken for a corpus.
+        # Only a finished folder gets its real name: half a corpus is never taken for one.
         with tempfile.TemporaryDirectory(dir=directory, prefix="incomplete-") as temporary:
             unfinished = Path(temporary) / "tokens"
             for split in SPLITS:
@@ -166,8 +166,7 @@ def _encoded(
     source: Source, split: str, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[_Tokens, tuple[str, ...]]]:
     """The tokens of each text that is not blank, end-of-text included, and its prompts."""
-    # A copy: a text that happens to contain `<eos>` must not end there, but the caller's tokenizer is not ours
-    # to change.
+    # A text that happens to contain `<eos>` must not end there. A copy: the caller's tokenizer stays as it is.
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.encode_special_tokens = True
     encoder.no_padding()

@@ -1,0 +1,93 @@
+"""Texts from TFDS datasets in ArrayRecord, which are read without TensorFlow."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from sunfish_jax.data.corpus import VitalArticles, corpus_file, split_of, uniform_hash
+from sunfish_jax.data.examples import Example, file_digest
+from sunfish_jax.data.prompts import article_prompts
+from sunfish_jax.errors import UserError
+
+
+class DefaultCorpus:
+    """The `vital_articles` corpus, prepared once under `data_dir`."""
+
+    continuous = False
+
+    def __init__(self, data_dir: Path):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS reports every file it looks at.
+        digest = file_digest([corpus_file()])
+        self._builder = VitalArticles(data_dir=str(data_dir), file_format="array_record")
+        self._builder.download_and_prepare()  # Shows a progress bar; returns at once where it is prepared.
+        self.identity = f"{self._builder.info.full_name}:{digest}"
+
+    def examples(self, split: str) -> Iterator[Example]:
+        for row in self._builder.as_data_source(split):
+            title, description, topic, text = (
+                row[key].decode() for key in ("title", "description", "topic", "text")
+            )
+            yield Example(text, article_prompts(title, description, topic))
+
+
+class TfdsDataset:
+    """Any TFDS dataset with a text feature and perhaps a prompt feature.
+
+    It is looked for under `data_dir` and in TFDS's own folder. One without a validation and a test split of its
+    own is split by a hash of the text.
+    """
+
+    continuous = False
+
+    def __init__(self, name: str, text_key: str, prompt_key: str, data_dir: Path):
+        self._name, self._text_key, self._prompt_key = name, text_key, prompt_key
+        self._builder = _prepared_builder(name, data_dir)
+        features = self._builder.info.features or {}
+        if text_key not in features:
+            raise UserError(
+                f"data.source=tfds:{name} has no feature `{text_key}` (it has {', '.join(features)}); "
+                "set data.text_key"
+            )
+        splits = self._builder.info.splits
+        self._own_splits = all(split in splits for split in ("train", "validation", "test"))
+        counts = ",".join(f"{split}={info.num_examples}" for split, info in sorted(splits.items()))
+        self.identity = f"tfds:{self._builder.info.full_name}:{text_key}:{prompt_key}:{counts}"
+
+    def examples(self, split: str) -> Iterator[Example]:
+        for row in self._rows(split if self._own_splits else "train"):
+            text, prompt = self._string(row, self._text_key), self._string(row, self._prompt_key)
+            if self._own_splits or split_of(uniform_hash(text)) == split:
+                yield Example(text, (prompt,) if prompt.strip() else ())
+
+    def _rows(self, split: str):
+        try:
+            return self._builder.as_data_source(split)
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"data.source=tfds:{self._name} cannot be read: it needs a `train` split, prepared with "
+                "file_format='array_record'"
+            ) from error
+
+    def _string(self, row: dict, key: str) -> str:
+        value = row.get(key, b"")
+        if not isinstance(value, bytes):
+            raise UserError(f"data.source=tfds:{self._name}: the feature `{key}` is not text")
+        return value.decode(errors="replace")
+
+
+def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    reason = ""
+    for folder in (str(data_dir), None):
+        try:
+            builder = tfds.builder(name, data_dir=folder)
+        except (tfds.core.DatasetNotFoundError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            continue
+        if builder.is_prepared():
+            return builder
+        reason = "it is known but not prepared"
+    raise UserError(
+        f"data.source=tfds:{name} cannot be opened ({reason}): prepare it first, with file_format='array_record'"
+    )
