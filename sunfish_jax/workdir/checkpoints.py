@@ -32,13 +32,14 @@ class Checkpoints:
             workdir: the run's folder.
             config: the `checkpoint` group, to save; None to read only.
         """
-        # One line a saved array is not for the terminal.
-        logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
+        logging.getLogger("absl").addFilter(_not_from_orbax)
         self._workdir = workdir
         folder = (workdir / CHECKPOINTS_FOLDER).absolute()
         if config is None and not folder.is_dir():
             raise UserError(f"--workdir={workdir} has no checkpoint yet: train until the first one is saved")
-        self._manager = ocp.CheckpointManager(folder, options=_options(config))
+        self._manager = ocp.CheckpointManager(
+            folder, options=_options(config), item_handlers={"state": ocp.PyTreeCheckpointHandler()}
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -76,7 +77,10 @@ class Checkpoints:
             return
         try:
             self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics=metrics, force=force
+                step,
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(jax.tree.map(_key_to_words, state))),
+                metrics=metrics,
+                force=force,
             )
             self._manager.wait_until_finished()
         except Exception as error:
@@ -111,39 +115,28 @@ class Checkpoints:
         return int(step)
 
     def restore(self, abstract_state: Any, step: int | str = "latest") -> Any:
-        """Returns the state of a step.
+        """Returns the state of a step, or some of its fields without reading the others.
 
         Args:
-            abstract_state: the state, or its `jax.eval_shape`; a leaf's sharding, if it has one, is what it gets.
+            abstract_state: the state or its `jax.eval_shape`, or a dict of some of the state's fields. A leaf gets
+                the sharding that it has there, or else the first device, wherever it was saved from.
             step: `latest`, `best` or a number.
 
         Raises:
             UserError: there is no such step, or it was saved from another architecture.
         """
         number = self.resolve(step)
-        self.check_shapes(number, abstract_state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        return self._manager.restore(number, args=args).state
+        saved_form = jax.tree.map(_saved_form, abstract_state)
+        self._check_shapes(number, saved_form)
+        args = ocp.args.PyTreeRestore(
+            item=saved_form,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(saved_form),
+            partial_restore=True,
+        )
+        restored = self._manager.restore(number, args=ocp.args.Composite(state=args)).state
+        return jax.tree.map(_words_to_key, restored, abstract_state)
 
-    def restore_fields(self, abstract_fields: Mapping[str, Any], step: int | str = "latest") -> dict[str, Any]:
-        """Returns some fields of a state, without reading the others.
-
-        Args:
-            abstract_fields: field of the state -> its abstract value, as in `restore`.
-            step: `latest`, `best` or a number.
-
-        Raises:
-            UserError: as for `restore`.
-        """
-        number = self.resolve(step)
-        self.check_shapes(number, abstract_fields)
-        abstract_fields = dict(abstract_fields)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_fields)
-        args = ocp.args.PyTreeRestore(item=abstract_fields, restore_args=restore_args, partial_restore=True)
-        return self._manager.restore(number, args=ocp.args.Composite(state=args)).state
-
-    def check_shapes(self, step: int, abstract_state: Any) -> None:
-        """Raises a UserError that names the arrays of `abstract_state` that `step` has not, or in another shape."""
+    def _check_shapes(self, step: int, abstract_state: Any) -> None:
         saved = _shapes(self._manager.item_metadata(step).state.tree)
         wanted = _shapes(abstract_state)
         fields = {name.partition(".")[0] for name in wanted}
@@ -191,6 +184,26 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_to_words(leaf: jax.Array) -> jax.Array:
+    # A typed random key is saved as its words.
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _saved_form(abstract: Any) -> jax.ShapeDtypeStruct:
+    words = jax.eval_shape(_key_to_words, abstract)
+    # Without a sharding, Orbax would look for the devices that the checkpoint was saved from.
+    sharding = abstract.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
+
+
+def _words_to_key(restored: jax.Array, abstract: Any) -> jax.Array:
+    return jax.random.wrap_key_data(restored) if _is_key(abstract) else restored
+
+
 def _disk_problem(error: BaseException | None) -> str | None:
     # Orbax and TensorStore wrap the system's error, or give it as text only.
     while error is not None:
@@ -201,6 +214,11 @@ def _disk_problem(error: BaseException | None) -> str | None:
                 return text
         error = error.__cause__ or error.__context__
     return None
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    # Its accounts of every save are not for the terminal; its errors are.
+    return record.levelno >= logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
 def _listed(steps: Sequence[int]) -> str:

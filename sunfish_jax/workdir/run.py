@@ -1,0 +1,100 @@
+"""A trained run, loaded from its workdir."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
+
+from sunfish_jax.data.tokenizer import load_tokenizer
+from sunfish_jax.diffusion.schedules import Schedule, make_schedule
+from sunfish_jax.errors import UserError
+from sunfish_jax.models.denoiser import TextDenoiser, make_model
+from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
+from sunfish_jax.training.state import init_params
+from sunfish_jax.workdir.checkpoints import Checkpoints
+from sunfish_jax.workdir.config import load_config
+
+TOKENIZER_FOLDER = "tokenizer"
+PROMPT_ENCODER_FILE = "prompt_encoder.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What generation and evaluation need of a run.
+
+    Attributes:
+        workdir: where it was loaded from.
+        config: the saved configuration.
+        tokenizer: of the texts.
+        prompt_encoder: the one it was trained with.
+        model: the denoiser.
+        params: the moving average of its parameters.
+        schedule: the noise schedule at that step.
+        step: the checkpoint's step.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    tokenizer: PreTrainedTokenizerFast
+    prompt_encoder: PromptEncoder
+    model: TextDenoiser
+    params: Any
+    schedule: Schedule
+    step: int
+
+
+def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
+    """Loads a run.
+
+    Args:
+        workdir: the run's folder.
+        checkpoint: `latest`, `best` or a step.
+
+    Raises:
+        UserError: there is no run or no such checkpoint, or its parts do not belong together.
+    """
+    config = load_config(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.resolve(checkpoint)
+        tokenizer = load_tokenizer(workdir / TOKENIZER_FOLDER)
+        prompt_encoder = make_prompt_encoder(config.prompt_encoder, tokenizer)
+        record_prompt_encoder(workdir, prompt_encoder)
+        model = make_model(config, len(tokenizer), prompt_encoder)
+        schedule = make_schedule(config.diffusion.schedule, config.model.embedding_dim, len(tokenizer))
+        abstract = {
+            "ema_params": jax.eval_shape(lambda: init_params(model, jax.random.key(0))),
+            "schedule": jax.eval_shape(lambda: schedule),
+        }
+        fields = checkpoints.restore(abstract, step)
+    return Run(
+        workdir=workdir,
+        config=config,
+        tokenizer=tokenizer,
+        prompt_encoder=prompt_encoder,
+        model=model,
+        params=fields["ema_params"],
+        schedule=fields["schedule"],
+        step=step,
+    )
+
+
+def record_prompt_encoder(workdir: Path, prompt_encoder: PromptEncoder) -> None:
+    """Saves the prompt encoder's identity in a new run, and compares it in one that has it already.
+
+    Raises:
+        UserError: the run was trained with another encoder.
+    """
+    path = workdir / PROMPT_ENCODER_FILE
+    if not path.is_file():
+        path.write_text(json.dumps({"identity": prompt_encoder.identity}) + "\n", encoding="utf-8")
+        return
+    identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    if identity != prompt_encoder.identity:
+        raise UserError(
+            f"--workdir={workdir} was trained with the prompt encoder {identity!r}, and here is "
+            f"{prompt_encoder.identity!r}: install the weights it was trained with"
+        )
