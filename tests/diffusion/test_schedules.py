@@ -94,7 +94,7 @@ def test_fitting_recovers_the_curve_that_cross_entropy_follows():
         u_key, noise_key = jax.random.split(key)
         gamma = schedule.gamma(jax.random.uniform(u_key, (64,), minval=1e-5, maxval=1 - 1e-5))
         measured = true.predicted_cross_entropy(gamma) + 0.3 * jax.random.normal(noise_key, (64,))
-        return schedules.fit_schedule(schedule, opt_state, optimizer, gamma, measured), None
+        return schedules.fit_schedule(schedule, opt_state, optimizer, gamma, measured, jnp.ones_like(gamma)), None
 
     (fitted, _), _ = jax.lax.scan(step, (schedule, opt_state), jax.random.split(jax.random.key(0), 2000))
     np.testing.assert_allclose(fitted.mu, 1.2, atol=0.15)
@@ -109,7 +109,7 @@ def test_fitting_stays_within_bounds_whatever_is_measured(measured):
     gamma = jnp.linspace(-2.0, 8.0, 16)
 
     def step(carry, _):
-        return schedules.fit_schedule(*carry, optimizer, gamma, jnp.full(16, measured)), None
+        return schedules.fit_schedule(*carry, optimizer, gamma, jnp.full(16, measured), jnp.ones(16)), None
 
     (fitted, _), _ = jax.lax.scan(step, (schedule, optimizer.init(schedule)), length=2000)
     slack = 1e-4
@@ -131,13 +131,32 @@ def test_one_absurd_measure_moves_the_fit_no_more_than_a_clipped_one():
         for value in (wild, clipped):
             measured = usual.at[3].set(value)
             opt_state = optimizer.init(schedule)
-            ends.append(schedules.fit_schedule(schedule, opt_state, optimizer, gamma, measured)[0])
+            ends.append(
+                schedules.fit_schedule(schedule, opt_state, optimizer, gamma, measured, jnp.ones_like(gamma))[0]
+            )
         np.testing.assert_allclose(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), rtol=1e-6)
+
+
+def test_rows_without_weight_do_not_count():
+    """Rows with clean anchors are easier than their noise level says, and must be left out of the fit."""
+    optimizer = optax.sgd(1e-2)
+    schedule = all_schedules()["gumbel"]
+    opt_state = optimizer.init(schedule)
+    gamma, measured = jnp.linspace(0.0, 5.0, 8), jnp.linspace(1.0, 6.0, 8)
+    weight = jnp.array([1.0, 0, 1, 1, 0, 0, 1, 1])
+    counted = np.flatnonzero(weight)
+    ends = [
+        schedules.fit_schedule(schedule, opt_state, optimizer, *arguments)[0]
+        for arguments in ((gamma, measured, weight), (gamma[counted], measured[counted], jnp.ones(5)))
+    ]
+    np.testing.assert_allclose(jax.tree.leaves(ends[0]), jax.tree.leaves(ends[1]), rtol=1e-6)
+    none = schedules.fit_schedule(schedule, opt_state, optimizer, gamma, measured, jnp.zeros(8))[0]
+    np.testing.assert_array_equal(jax.tree.leaves(none), jax.tree.leaves(schedule))
 
 
 def test_fixed_schedules_are_not_fitted():
     optimizer = optax.adam(0.1)
     schedule = all_schedules()["cosine"]
     opt_state = optimizer.init(schedule)
-    after = schedules.fit_schedule(schedule, opt_state, optimizer, jnp.zeros(4), jnp.ones(4))
+    after = schedules.fit_schedule(schedule, opt_state, optimizer, jnp.zeros(4), jnp.ones(4), jnp.ones(4))
     assert after == (schedule, opt_state)
