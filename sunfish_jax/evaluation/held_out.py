@@ -171,4 +171,3 @@ def _without_context(table, tokens, padding_mask, gamma, key, log_unigram):
 def _diffuse(table, tokens, gamma, key):
     noise = jax.random.normal(key, (*tokens.shape, table.shape[-1]))
     return process.diffuse(table[tokens], noise, gamma)
-

@@ -1,6 +1,7 @@
 """Where generated text goes: the terminal, and a JSONL file with what is needed to make each sample again."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -8,11 +9,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from sunfish_jax.errors import UserError
+from sunfish_jax.generation.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from sunfish_jax.generation.generator import Settings
+    from sunfish_jax.workdir.run import Run
 
 
 def decode(tokens: np.ndarray, tokenizer) -> str:
@@ -24,10 +30,16 @@ def decode(tokens: np.ndarray, tokenizer) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def config_hash(config) -> str:
-    """A short fingerprint of a run's configuration."""
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def provenance(run: "Run", options: GenerationOptions, settings: "Settings") -> dict:
+    """What all samples of one call have in common and each record keeps, to be made again."""
+    config = json.dumps(run.config.to_dict(), sort_keys=True, default=str)
+    return {
+        "seed": options.seed,
+        **dataclasses.asdict(settings),
+        "checkpoint_step": run.step,
+        "config_hash": hashlib.sha256(config.encode()).hexdigest()[:16],
+        "prompt_encoder": run.prompt_encoder.identity,
+    }
 
 
 @contextlib.contextmanager
@@ -67,15 +79,27 @@ def jsonl_writer(path: Path | None) -> Iterator[Callable[[dict], None]]:
         raise
 
 
-def step_counter(label: str, num_steps: int, stream: TextIO | None = None) -> Callable[[int], None] | None:
-    """A line on the terminal that counts steps in place; None where nobody would see it."""
-    stream = stream or sys.stderr
-    if not stream.isatty():
-        return None
+class StepCounter:
+    """A line that counts steps in place."""
 
-    def show(step: int) -> None:
-        done = int(step) + 1
-        stream.write(f"\r{label}: step {done}/{num_steps}" + ("\n" if done == num_steps else ""))
-        stream.flush()
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._label, self._num_steps = "", 0
 
-    return show
+    @classmethod
+    def on_terminal(cls) -> "StepCounter | None":
+        """A counter on stderr; None where nobody would see it."""
+        return cls(sys.stderr) if sys.stderr.isatty() else None
+
+    def start(self, first: int, stop: int, total: int, num_steps: int) -> None:
+        """Begins with samples `first` to `stop` (excluded) of `total`."""
+        which = f"sample {first + 1}" if stop == first + 1 else f"samples {first + 1}-{stop}"
+        self._label = which if total == 1 else f"{which} of {total}"
+        self._num_steps = num_steps
+
+    def __call__(self, step: int, tokens: np.ndarray) -> None:
+        """Shows that `step` passes are made."""
+        del tokens
+        end = "\n" if step == self._num_steps else ""
+        self._stream.write(f"\r{self._label}: step {step}/{self._num_steps}{end}")
+        self._stream.flush()

@@ -1,0 +1,158 @@
+"""One compiled function from prompts and random keys to rows of tokens."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sunfish_jax.diffusion import samplers
+from sunfish_jax.diffusion.guidance import guided
+from sunfish_jax.diffusion.schedules import Schedule
+from sunfish_jax.generation.options import GenerationOptions
+from sunfish_jax.generation.output import StepCounter
+from sunfish_jax.models.denoiser import PromptKeysValues
+from sunfish_jax.models.prompt import Prompt
+
+# Positions in one call: more rows are done in turns, so that the logits fit into memory.
+_POSITIONS_AT_ONCE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample: the keys of `config.sampling` that decide what comes out."""
+
+    scheduler: str
+    num_steps: int
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    temperature: float
+
+    @classmethod
+    def make(cls, sampling: ConfigDict, options: GenerationOptions | None = None) -> "Settings":
+        """The run's own settings, with what the options give in their place."""
+        values = {field.name: sampling[field.name] for field in dataclasses.fields(cls)}
+        values["guidance_interval"] = tuple(values["guidance_interval"])
+        for name in values:
+            if getattr(options, name, None) is not None:
+                values[name] = getattr(options, name)
+        return cls(**values)
+
+
+@flax.struct.dataclass
+class Constraint:
+    """What must stand where.
+
+    Attributes:
+        known: Given tokens, [n, S].
+        kinds: [n, S] int32, a row of `allowed` for each position that is not given.
+        allowed: [K, V] bool.
+    """
+
+    known: samplers.Known
+    kinds: np.ndarray | jax.Array
+    allowed: np.ndarray | jax.Array
+
+
+def sample_keys(seed: int, indices: np.ndarray) -> jax.Array:
+    """The random keys [n] of samples: by seed and number, whatever else is sampled beside them."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+
+
+def generate(
+    model: nn.Module,
+    params: Mapping,
+    schedule: Schedule,
+    prompt: Prompt,
+    keys: jax.Array,
+    seq_len: int,
+    settings: Settings,
+    *,
+    constraint: Constraint | None = None,
+    counter: StepCounter | None = None,
+) -> np.ndarray:
+    """Samples n rows of tokens, compiled once for a shape.
+
+    The prompts' keys and values are computed once, and the steps are one `lax.scan`. A row depends on its
+    prompt, its key and the settings, not on the rows beside it (up to the rounding of matrix products).
+
+    Args:
+        model: The denoiser.
+        params: Its parameters; the moving average, usually.
+        schedule: The run's schedule, with concrete values.
+        prompt: [n, P]; where a row's mask is all False, there is no guidance.
+        keys: [n] random keys.
+        seq_len: S.
+        settings: How to sample.
+        constraint: Given tokens and what may stand beside them; None for free text.
+        counter: Shows the steps; None for silence.
+
+    Returns:
+        [n, S] int32.
+    """
+    n = len(keys)
+    steps = samplers.make_steps(schedule, settings.num_steps, settings.scheduler)
+    interval = schedule.gamma(jnp.asarray(settings.guidance_interval, jnp.float32))
+    # Without any prompt both halves of a guided pass would be the same.
+    scale = float(settings.guidance_scale) if np.any(prompt.mask) else 1.0
+    turns = math.ceil(n / max(1, _POSITIONS_AT_ONCE // seq_len))
+    size = math.ceil(n / turns)
+    tokens = []
+    for start in range(0, n, size):
+        # The last turn repeats rows rather than being compiled for another shape.
+        rows = np.minimum(np.arange(start, start + size), n - 1)
+        take = functools.partial(jax.tree.map, lambda leaf, rows=rows: leaf[rows])
+        here = constraint and constraint.replace(known=take(constraint.known), kinds=constraint.kinds[rows])
+        if counter is not None:
+            counter.start(start, min(start + size, n), n, settings.num_steps)
+        tokens.append(
+            _generate(
+                model, params, take(prompt), keys[rows], steps, interval, settings.temperature, here,
+                seq_len=seq_len, guidance_scale=scale, counter=counter,
+            )
+        )  # fmt: skip
+        jax.block_until_ready(tokens[-1])
+        jax.effects_barrier()
+    return np.concatenate(tokens)[:n]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "seq_len", "guidance_scale", "counter"))
+def _generate(
+    model, params, prompt, keys, steps, interval, temperature, constraint, *, seq_len, guidance_scale, counter
+):
+    variables = {"params": params}
+    batch = len(keys)
+    known = jnp.zeros((batch, seq_len), bool) if constraint is None else constraint.known.mask
+
+    def denoiser(prompt: Prompt):
+        prompt_kv: PromptKeysValues = model.apply(variables, prompt, method="encode_prompt")
+
+        def denoise(z, gamma, x_hat):
+            return model.apply(variables, z, gamma, x_hat, known, prompt_kv, method="logits")
+
+        return denoise
+
+    no_prompt = prompt.replace(mask=jnp.zeros_like(prompt.mask))
+    denoise = guided(denoiser(prompt), denoiser(no_prompt), guidance_scale, tuple(interval))
+
+    def constrained(z, gamma, x_hat):
+        # After guidance, which would take the difference of two infinities.
+        allowed = constraint.allowed[constraint.kinds]
+        return jnp.where(allowed, denoise(z, gamma, x_hat), -jnp.inf)
+
+    return samplers.sample(
+        denoise if constraint is None else constrained,
+        model.apply(variables, method="embedding_table"),
+        steps,
+        key=keys,
+        shape=(batch, seq_len),
+        temperature=temperature,
+        known=constraint and constraint.known,
+        step_callback=counter,
+    ).tokens

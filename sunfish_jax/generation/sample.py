@@ -1,0 +1,65 @@
+"""`--mode=sample`: a prompt in, text out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import numpy as np
+
+from sunfish_jax.diffusion.schedules import Schedule
+from sunfish_jax.generation.generator import Settings, generate, sample_keys
+from sunfish_jax.generation.options import SampleOptions
+from sunfish_jax.generation.output import StepCounter, decode, jsonl_writer, provenance
+from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.models.prompt_encoder import encode_prompts
+from sunfish_jax.workdir.run import load_run
+
+
+def run(workdir: Path, options: SampleOptions) -> None:
+    """Prints texts for each prompt (or without one), and writes them to `options.output`.
+
+    Sample i of a prompt depends on the seed, i, the prompt and the settings alone: asking for more samples or
+    for other prompts beside it does not change it.
+
+    Raises:
+        UserError: There is no such checkpoint, the length is over the block, or the output cannot be written.
+    """
+    with jsonl_writer(options.output) as write:
+        run = load_run(workdir, options.checkpoint)
+        options.check_length(run.config.model.block_size)
+        seq_len = options.seq_len or run.config.model.block_size
+        settings = Settings.make(run.config.sampling, options)
+        prompts = [prompt for prompt in options.prompts or (None,) for _ in range(options.num_samples)]
+        indices = np.tile(np.arange(options.num_samples), len(options.prompts) or 1)
+        tokens = generate(
+            run.model,
+            run.params,
+            run.schedule,
+            encode_prompts(run.prompt_encoder, prompts),
+            sample_keys(options.seed, indices),
+            seq_len,
+            settings,
+            counter=StepCounter.on_terminal(),
+        )
+        origin = provenance(run, options, settings) | {"seq_len": seq_len}
+        for prompt, index, row in zip(prompts, indices.tolist(), tokens, strict=True):
+            text = decode(row, run.tokenizer)
+            print(f"--- {prompt or 'no prompt'} (seed {options.seed}, sample {index})\n{text}\n", flush=True)
+            write({"text": text, "prompt": prompt, "index": index} | origin)
+
+
+def sample_texts(
+    model: nn.Module,
+    params: Mapping,
+    schedule: Schedule,
+    tokenizer,
+    prompt: Prompt,
+    *,
+    seq_len: int,
+    settings: Settings,
+    seed: int = 0,
+) -> list[str]:
+    """One text for each of the prompts [n, P], as during training; row i is sample i."""
+    keys = sample_keys(seed, np.arange(len(prompt.mask)))
+    tokens = generate(model, params, schedule, prompt, keys, seq_len, settings)
+    return [decode(row, tokenizer) for row in tokens]
