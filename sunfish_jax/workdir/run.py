@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from sunfish_jax.data.tokenizer import load_tokenizer
+from sunfish_jax.data.tokenizer import load_tokenizer, tokenizer_identity
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser, make_model
@@ -19,7 +19,8 @@ from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import load_config
 
 TOKENIZER_FOLDER = "tokenizer"
-PROMPT_ENCODER_FILE = "prompt_encoder.json"
+# Fingerprints of what the run was trained with: "data", "tokenizer", "prompt_encoder".
+IDENTITY_FILE = "identity.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
         step = checkpoints.resolve(checkpoint)
         tokenizer = load_tokenizer(workdir / TOKENIZER_FOLDER)
         prompt_encoder = make_prompt_encoder(config.prompt_encoder, tokenizer)
-        record_prompt_encoder(workdir, prompt_encoder)
+        _check_identity(workdir, tokenizer, prompt_encoder)
         model = make_model(config, len(tokenizer), prompt_encoder)
         schedule = make_schedule(config.diffusion.schedule, config.model.embedding_dim, len(tokenizer))
         abstract = {
@@ -82,19 +83,16 @@ def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
     )
 
 
-def record_prompt_encoder(workdir: Path, prompt_encoder: PromptEncoder) -> None:
-    """Saves the prompt encoder's identity in a new run, and compares it in one that has it already.
-
-    Raises:
-        UserError: the run was trained with another encoder.
-    """
-    path = workdir / PROMPT_ENCODER_FILE
-    if not path.is_file():
-        path.write_text(json.dumps({"identity": prompt_encoder.identity}) + "\n", encoding="utf-8")
-        return
-    identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
-    if identity != prompt_encoder.identity:
-        raise UserError(
-            f"--workdir={workdir} was trained with the prompt encoder {identity!r}, and here is "
-            f"{prompt_encoder.identity!r}: install the weights it was trained with"
-        )
+def _check_identity(workdir: Path, tokenizer: PreTrainedTokenizerFast, prompt_encoder: PromptEncoder) -> None:
+    path = workdir / IDENTITY_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged: put back the one that training wrote") from None
+    here = {"tokenizer": tokenizer_identity(tokenizer), "prompt_encoder": prompt_encoder.identity}
+    for name, identity in here.items():
+        if saved[name] != identity:
+            raise UserError(
+                f"--workdir={workdir} was trained with the {name.replace('_', ' ')} {saved[name]!r}, and here is "
+                f"{identity!r}: put back what it was trained with"
+            )
