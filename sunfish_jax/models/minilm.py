@@ -119,7 +119,7 @@ class MiniLMStates:
             return self.module.apply(variables, tokens, mask).astype(jnp.float16)
 
     def __call__(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Encodes each prompt by itself, at the smallest multiple of 16 that holds it.
+        """Encodes each prompt by itself, at the smallest multiple of 8 that holds it.
 
         So a prompt's states depend on nothing but the prompt, to the last bit: not on what else is in the
         batch, nor on when it is encoded. On a CPU this is as fast as encoding many together.
@@ -136,7 +136,7 @@ class MiniLMStates:
         pending = {}
         for row, length in enumerate(lengths):
             if length:
-                width = round_up(length)
+                width = round_up(length, 8)
                 pending[row] = self._apply(
                     self._variables, tokens[row : row + 1, :width], mask[row : row + 1, :width]
                 )

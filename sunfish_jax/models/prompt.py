@@ -20,6 +20,6 @@ class Prompt:
     mask: np.ndarray | jax.Array
 
 
-def round_up(length: int) -> int:
-    """The width in which a prompt of `length` tokens is kept: the next multiple of 16, so that few shapes occur."""
-    return max(1, -(-int(length) // 16)) * 16
+def round_up(length: int, multiple: int = 16) -> int:
+    """The width in which a prompt of `length` tokens is kept: few widths, so that little is compiled."""
+    return max(1, -(-int(length) // multiple)) * multiple

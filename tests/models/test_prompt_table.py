@@ -1,0 +1,102 @@
+"""The table of encoded prompts."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from sunfish_jax.models import prompt_table
+from sunfish_jax.models.prompt_encoder import PromptEncoder, encode_prompts, make_prompt_encoder
+from sunfish_jax.models.prompt_table import PromptTable
+
+PROMPTS = ["a dog", "Write about dogs", "Volcano", "Physicist who developed the theory of relativity " * 3]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return make_prompt_encoder(ConfigDict({"name": "minilm", "max_length": 64}))
+
+
+def _texts(indices):
+    return [PROMPTS[index] for index in indices]
+
+
+def _counting_encoder(trained=False):
+    """States are the tokens themselves; `calls` counts the prompts encoded."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    calls = []
+
+    def encode(tokens, mask):
+        calls.append(len(tokens))
+        return np.repeat(tokens[..., None], 4, axis=-1).astype(np.float16)
+
+    encoder = PromptEncoder("counting", 64, 4, tokenizer, False, encode=None if trained else encode)
+    return encoder, calls
+
+
+def test_states_are_those_of_the_prompts_alone_to_the_last_bit(minilm):
+    table = PromptTable(minilm, len(PROMPTS), _texts)
+    assert table.width == 32
+    indices = np.array([[3, -1, 0], [2, 3, 1]])
+    prompt = table(indices)
+    assert prompt.inputs.shape == (2, 3, 32, 384) and prompt.inputs.dtype == np.float16
+    for at in np.ndindex(2, 3):
+        if indices[at] < 0:
+            assert not prompt.mask[at].any() and not prompt.inputs[at].any()
+        else:
+            alone = encode_prompts(minilm, [PROMPTS[indices[at]]])
+            np.testing.assert_array_equal(prompt.inputs[at][prompt.mask[at]], alone.inputs[alone.mask])
+
+
+def test_a_fresh_table_gives_the_same_bits_as_one_that_has_seen_other_prompts(minilm):
+    old = PromptTable(minilm, len(PROMPTS), _texts)
+    old(np.array([0, 3, 1]))
+    first = PromptTable(minilm, len(PROMPTS), _texts)(np.array([1, 2]))
+    again = old(np.array([1, 2]))
+    np.testing.assert_array_equal(first.inputs, again.inputs)
+    np.testing.assert_array_equal(first.mask, again.mask)
+
+
+def test_each_prompt_is_encoded_once_and_the_least_recently_used_is_forgotten():
+    encoder, calls = _counting_encoder()
+    words = [f"w{i} w{i + 1}" for i in range(20)]
+    row_bytes = 2 * 4 * 2
+    table = PromptTable(encoder, 20, lambda indices: [words[i] for i in indices], cache_bytes=3 * row_bytes)
+    table(np.array([5, 6, 5, -1, 5]))
+    assert calls == [2]
+    table(np.array([5, 7]))
+    assert calls == [2, 1]
+    table(np.array([8]))  # Now 6 is the oldest of four.
+    prompt = table(np.array([5, 7, 8]))
+    assert calls == [2, 1, 1]
+    np.testing.assert_array_equal(prompt.inputs[:, :2, 0], [[5, 6], [7, 8], [8, 9]])
+    table(np.array([6]))
+    assert calls == [2, 1, 1, 1]
+    everything = table(np.arange(20))  # More than the cache holds.
+    np.testing.assert_array_equal(everything.inputs[:, 0, 0], np.arange(20))
+
+
+def test_the_width_is_that_of_the_longest_prompt_wherever_it_is(monkeypatch):
+    monkeypatch.setattr(prompt_table, "_CHUNK", 4)
+    encoder, _ = _counting_encoder()
+    words = ["w1"] * 9 + ["w1 " * 17]
+    assert PromptTable(encoder, 10, lambda indices: [words[i] for i in indices]).width == 32
+    assert PromptTable(encoder, 9, lambda indices: [words[i] for i in indices]).width == 16
+
+
+def test_no_prompts_at_all():
+    for trained, shape in ((False, (2, 16, 4)), (True, (2, 16))):
+        encoder, calls = _counting_encoder(trained)
+        prompt = PromptTable(encoder, 0, lambda indices: [])(np.array([-1, -1]))
+        assert prompt.inputs.shape == shape and prompt.mask.shape == (2, 16)
+        assert not prompt.mask.any() and not calls
+
+
+def test_a_trained_encoder_gets_tokens():
+    encoder, _ = _counting_encoder(trained=True)
+    words = ["w3 w4", "w5", "w1 " * 20]
+    prompt = PromptTable(encoder, 3, lambda indices: [words[i] for i in indices])(np.array([[1, 0], [-1, 2]]))
+    assert prompt.inputs.shape == prompt.mask.shape == (2, 2, 32) and prompt.inputs.dtype == np.int32
+    assert prompt.inputs[0, :, :3].tolist() == [[5, 0, 0], [3, 4, 0]]
+    assert prompt.mask.sum(axis=-1).tolist() == [[1, 2], [0, 20]]
