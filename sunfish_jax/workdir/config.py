@@ -155,9 +155,12 @@ def load_config(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise UserError(f"--workdir={workdir} holds no run: train one there first, or name another workdir")
     try:
-        return ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8"))))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): put back the one that training wrote") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is damaged (not a JSON object): put back the one that training wrote")
+    return ConfigDict(_with_tuples(saved))
 
 
 def record_config(workdir: Path, config: ConfigDict, step: int) -> dict[str, tuple[Any, Any]]:
