@@ -1,15 +1,29 @@
 """Texts from TFDS datasets in ArrayRecord, which are read without TensorFlow."""
 
-import logging
+import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from absl import logging
 
 from sunfish_jax.data.corpus import VitalArticles, corpus_file, split_of, uniform_hash
 from sunfish_jax.data.examples import Example, file_digest
 from sunfish_jax.data.prompts import article_prompts
 from sunfish_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TFDS's reports of every file it looks at; its progress bars stay."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 class DefaultCorpus:
@@ -18,14 +32,16 @@ class DefaultCorpus:
     continuous = False
 
     def __init__(self, data_dir: Path):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS reports every file it looks at.
         digest = file_digest([corpus_file()])
-        self._builder = VitalArticles(data_dir=str(data_dir), file_format="array_record")
-        self._builder.download_and_prepare()  # Shows a progress bar; returns at once where it is prepared.
+        with _quiet():
+            self._builder = VitalArticles(data_dir=str(data_dir), file_format="array_record")
+            self._builder.download_and_prepare()  # Shows a progress bar; returns at once where it is prepared.
         self.identity = f"{self._builder.info.full_name}:{digest}"
 
     def examples(self, split: str) -> Iterator[Example]:
-        for row in self._builder.as_data_source(split):
+        with _quiet():
+            rows = self._builder.as_data_source(split)
+        for row in rows:
             title, description, topic, text = (
                 row[key].decode() for key in ("title", "description", "topic", "text")
             )
@@ -63,7 +79,8 @@ class TfdsDataset:
 
     def _rows(self, split: str):
         try:
-            return self._builder.as_data_source(split)
+            with _quiet():
+                return self._builder.as_data_source(split)
         except (NotImplementedError, ValueError) as error:
             raise UserError(
                 f"data.source=tfds:{self._name} cannot be read: it needs a `train` split, prepared with "
@@ -81,7 +98,8 @@ def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     reason = ""
     for folder in (str(data_dir), None):
         try:
-            builder = tfds.builder(name, data_dir=folder)
+            with _quiet():
+                builder = tfds.builder(name, data_dir=folder)
         except (tfds.core.DatasetNotFoundError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             continue

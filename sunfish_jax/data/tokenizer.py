@@ -1,16 +1,16 @@
 """Text to tokens: a byte-level BPE trained on the corpus, or any saved `transformers` tokenizer."""
 
 import hashlib
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from sunfish_jax.errors import UserError
 
 PAD, EOS = "<pad>", "<eos>"
+_GPT2_EOS = "<|endoftext|>"
 # 256 bytes and the two special tokens: below this some text could not be written.
 MIN_VOCAB_SIZE = 258
 
@@ -52,15 +52,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"tokenizer.path={path} is not a folder: give one with a saved tokenizer in it")
-    # `transformers` warns about the missing weights of a folder that holds a tokenizer alone.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, use_fast=True)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        # Not `AutoTokenizer`, which also wants the model's config.json.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"tokenizer.path={path} holds no tokenizer that can be read: {reason[0]}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"tokenizer.path={path} has no tokenizer.json: save it with a fast tokenizer")
+    if tokenizer.eos_token_id is None and _GPT2_EOS in tokenizer.get_vocab():
+        tokenizer.eos_token = _GPT2_EOS  # GPT-2's files leave its name to the code.
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer.path={path} has no end-of-text token: set its eos_token, save it again")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -1,0 +1,160 @@
+import jax
+import numpy as np
+import pytest
+
+from configs import default
+from sunfish_jax.data.batches import BatchSource, batch_iterator, held_out_row_numbers, held_out_rows
+from sunfish_jax.data.buckets import choose_buckets
+from sunfish_jax.data.sources import open_source
+from sunfish_jax.data.tokenizer import train_tokenizer
+from sunfish_jax.data.tokens import TokenizedSplit, prepare
+from sunfish_jax.errors import UserError
+from sunfish_jax.models.prompt import Prompt
+
+PAD = 0
+
+
+def prompts(numbers):
+    """A stand-in for the prompt encoder that keeps the numbers to look at."""
+    assert numbers.ndim == 2
+    return Prompt(inputs=numbers[..., None], mask=(numbers >= 0)[..., None])
+
+
+def make_split(num_rows=600, seed=0, phrasings=3) -> TokenizedSplit:
+    """Row i is all token i + 1, so that every token tells where it came from."""
+    lengths = np.random.default_rng(seed).integers(1, 65, num_rows)
+    first = np.arange(num_rows) * phrasings
+    return TokenizedSplit(
+        tokens=np.repeat(np.arange(1, num_rows + 1), lengths).astype(np.uint16),
+        row_starts=np.concatenate([[0], np.cumsum(lengths)]),
+        row_bytes=lengths * 4,
+        row_prompts=np.stack([first, np.full(num_rows, phrasings)], axis=-1),
+        prompt_bounds=np.zeros(num_rows * phrasings + 1, np.int64),
+        prompt_text=np.zeros(0, np.uint8),
+        pad_id=PAD,
+    )
+
+
+def make_source(split=None, **train):
+    config = default.get_config()
+    config.model.block_size = 64
+    config.train.update({"batch_size": 4, "accumulate_steps": 2, "seed": 5, **train})
+    split = split or make_split()
+    return BatchSource(split, choose_buckets(split.lengths, 3, 64), config, prompts), config
+
+
+def rows_of(batch):
+    """The rows in a batch, by the token they are made of."""
+    return (batch.tokens[..., 0] - 1).ravel()
+
+
+def test_batches_hold_whole_rows_and_their_own_prompts():
+    split = make_split()
+    source, _ = make_source(split)
+    for step in range(source.steps_per_epoch):
+        batch = source[step]
+        a, b, s = batch.tokens.shape
+        assert (a, b % 2) == (2, 0) and b * s <= 4 * 64
+        assert batch.padding_mask.shape == batch.known_mask.shape == (a, b, s)
+        rows = rows_of(batch)
+        for row, tokens, mask in zip(
+            rows, batch.tokens.reshape(-1, s), batch.padding_mask.reshape(-1, s), strict=True
+        ):
+            np.testing.assert_array_equal(tokens[mask], split.row(row))
+            assert mask.sum() == split.lengths[row] and (tokens[~mask] == PAD).all()
+        assert not (batch.known_mask & ~batch.padding_mask).any()
+        np.testing.assert_array_equal(batch.prompt.inputs.ravel() // 3, rows)
+
+
+def test_an_epoch_has_every_row_once_but_for_less_than_a_step():
+    split = make_split()
+    source, _ = make_source(split)
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * source.steps_per_epoch, (epoch + 1) * source.steps_per_epoch)
+        rows = np.concatenate([rows_of(source[step]) for step in steps])
+        assert len(set(rows)) == len(rows) > split.num_rows - 2 * 4
+        epochs.append(rows)
+    assert not np.array_equal(*epochs)
+
+
+def test_phrasings_change_from_epoch_to_epoch():
+    source, _ = make_source()
+    chosen = []
+    for epoch in range(6):
+        phrasing = {}
+        for step in range(epoch * source.steps_per_epoch, (epoch + 1) * source.steps_per_epoch):
+            batch = source[step]
+            phrasing |= zip(rows_of(batch).tolist(), (batch.prompt.inputs.ravel() % 3).tolist(), strict=True)
+        chosen.append(phrasing)
+    everywhere = set.intersection(*map(set, chosen))
+    table = np.array([[phrasing[row] for row in sorted(everywhere)] for phrasing in chosen])
+    np.testing.assert_allclose(np.bincount(table.ravel()) / table.size, 1 / 3, atol=0.04)
+    assert np.mean(table[0] == table[1]) < 0.45
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    one, other = make_source()[0], make_source()[0]
+    far = 3 * one.steps_per_epoch + 2
+    expected = [one[step] for step in range(far + 2)]
+    for step in (far, 0, far + 1, 2):
+        jax.tree.map(np.testing.assert_array_equal, other[step], expected[step])
+    assert not np.array_equal(rows_of(make_source(seed=6)[0][0]), rows_of(one[0]))
+
+
+def test_iterator_starts_anywhere_and_goes_past_epochs():
+    source, _ = make_source()
+    start = source.steps_per_epoch - 2
+    for step, batch in zip(range(start, start + 5), batch_iterator(source, start), strict=False):
+        jax.tree.map(np.testing.assert_array_equal, batch, source[step])
+
+
+def test_rows_without_prompts():
+    split = make_split(phrasings=0)
+    source, config = make_source(split)
+    assert not source[0].prompt.mask.any() and (source[0].prompt.inputs == -1).all()
+    assert not any(batch.prompt.mask.any() for batch in held_out_rows(split, 50, (64,), config, prompts))
+
+
+def test_too_few_rows_for_one_step():
+    make_source(make_split(num_rows=40), batch_size=8, accumulate_steps=4)  # The short ones move up.
+    with pytest.raises(UserError, match=r"31 rows of training text.*takes 32 of 64 tokens"):
+        make_source(make_split(num_rows=31), batch_size=8, accumulate_steps=4)
+
+
+def test_held_out_rows_are_fixed_and_of_every_length():
+    split = make_split(seed=1)
+    _, config = make_source()
+    buckets = (16, 48)
+    batches = held_out_rows(split, 100, buckets, config, prompts)
+    numbers = held_out_row_numbers(split, 100, buckets, config)
+    assert len(batches) == len(numbers)
+    seen = []
+    for batch, (length, rows) in zip(batches, numbers, strict=True):
+        assert batch.tokens.shape == (1, len(rows), length)
+        np.testing.assert_array_equal(batch.padding_mask[0].any(-1), rows >= 0)
+        np.testing.assert_array_equal(batch.padding_mask[0].sum(-1)[rows >= 0], split.lengths[rows[rows >= 0]])
+        np.testing.assert_array_equal(rows_of(batch)[rows >= 0], rows[rows >= 0])
+        np.testing.assert_array_equal(batch.prompt.inputs[0, :, 0] // 3, rows)
+        assert not batch.known_mask.any()
+        seen += rows[rows >= 0].tolist()
+    assert len(set(seen)) == len(seen) == 100
+    assert {length for length, _ in numbers} == {16, 48, 64}
+    assert abs(split.lengths[seen].mean() - split.lengths.mean()) < 6, "not the shortest or longest alone"
+    everything = np.concatenate([rows for _, rows in held_out_row_numbers(split, 10_000, buckets, config)])
+    assert sorted(everything[everything >= 0]) == list(range(split.num_rows))
+
+
+def test_most_of_a_micro_step_on_the_default_corpus_is_text(tmp_path):
+    config = default.get_config()
+    corpus = open_source(config.data, tmp_path)
+    texts = (example.text for example in corpus.examples("train"))
+    tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+    block_size = config.model.block_size
+    train = prepare(corpus, tokenizer, tmp_path, block_size=block_size)["train"]
+    buckets = choose_buckets(train.lengths, config.data.num_buckets, block_size)
+    source = BatchSource(train, buckets, config, prompts)
+    masks = [source[step].padding_mask for step in range(source.steps_per_epoch)]
+    real = sum(int(mask.sum()) for mask in masks)
+    assert real / sum(mask.size for mask in masks) > 0.85
+    assert real / len(train.tokens) > 0.99
