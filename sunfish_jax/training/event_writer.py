@@ -51,9 +51,7 @@ class SummaryWriter:
         lines = (f"{name} = {value!r}" for name, value in sorted(hparams.items()))
         self.write_texts(step=0, texts={"config": "\n".join(lines)})
 
-    def write_summaries(
-        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
-    ):
+    def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None):
         """Not written by this project."""
         raise NotImplementedError("the event file takes scalars and texts only, not raw summaries")
 
@@ -69,9 +67,7 @@ class SummaryWriter:
         """Not written by this project."""
         raise NotImplementedError("the event file takes scalars and texts only, not sound")
 
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ):
+    def write_histograms(self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None):
         """Not written by this project."""
         raise NotImplementedError("the event file takes scalars and texts only, not histograms")
 

@@ -1,0 +1,299 @@
+"""The training loop: steps, and between them figures, samples and checkpoints."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import asynclib, parameter_overview
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+
+from sunfish_jax.data.batches import Batch, batch_iterator
+from sunfish_jax.errors import UserError
+from sunfish_jax.training.init_from import init_state, init_tokenizer
+from sunfish_jax.training.interrupt import StopRequest
+from sunfish_jax.training.preparation import (
+    Prepared,
+    begin_workdir,
+    check_workdir,
+    prepare_run,
+    replicated,
+)
+from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
+from sunfish_jax.training.state import TrainState, create_state
+from sunfish_jax.training.step import DATA_AXIS, make_train_step
+from sunfish_jax.training.watching import HELD_OUT_MEAN, Evaluate, Sample, Stopped, make_evaluate, make_sample
+from sunfish_jax.training.writers import make_writer, metric_writers
+from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
+from sunfish_jax.workdir.config import check_resumable, load_config, record_config
+from sunfish_jax.workdir.run import TOKENIZER_FOLDER
+
+# Long steps are reported before `logging.every_steps` of them are done.
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains until `train.num_steps`, from where the run in `workdir` stopped if there is one.
+
+    What a new run starts from, in this order: the newest checkpoint in `workdir`, `train.init_from`, chance.
+    SIGINT and SIGTERM end it after the running step, saved.
+
+    Args:
+        config: the whole configuration, validated.
+        workdir: the run's folder.
+
+    Raises:
+        UserError: something that was given cannot be used, or the loss is not finite.
+    """
+    first_step = _saved_step(workdir)
+    if first_step is not None:
+        check_resumable(load_config(workdir), config)
+        if first_step >= config.train.num_steps:
+            print(
+                f"the run in {workdir} is at step {first_step} of {config.train.num_steps} already: "
+                "raise --config.train.num_steps to go on"
+            )
+            return
+        tokenizer_path = workdir / TOKENIZER_FOLDER
+    else:
+        tokenizer_path = init_tokenizer(config) if config.train.init_from else None
+    prepared = prepare_run(config, workdir, tokenizer_path)
+    batches = prepared.training_batches(config)
+    token_counts = prepared.token_counts()
+    mesh = jax.make_mesh((config.train.num_devices,), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    with Checkpoints(workdir, config.checkpoint) as checkpoints, contextlib.ExitStack() as stack:
+        state = _first_state(config, workdir, prepared, token_counts, mesh, checkpoints, first_step)
+        print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
+        writer = make_writer(config, workdir, first_step or 0)
+        stack.callback(writer.close)
+        writer.write_hparams(flatten_dict(config.to_dict(), sep="."))
+        stop = stack.enter_context(StopRequest())
+        loop = Loop(
+            config=config,
+            workdir=workdir,
+            checkpoints=checkpoints,
+            writer=writer,
+            stop=stop,
+            evaluate=make_evaluate(config, prepared, token_counts, stop),
+            sample=make_sample(config, prepared),
+            progress=load_totals(workdir, first_step or 0, config.train.num_steps),
+            steps_per_epoch=batches.steps_per_epoch,
+        )
+        step = CompiledStep(make_train_step(config, prepared.model, mesh))
+        try:
+            loop.run(state, step, batch_iterator(batches, first_step or 0))
+        except asynclib.AsyncError as error:
+            raise UserError(f"the figures of the run cannot be written to {workdir}: {error.__cause__}") from error
+
+
+def _saved_step(workdir: Path) -> int | None:
+    if not (workdir / CHECKPOINTS_FOLDER).is_dir():
+        return None
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.latest_step()
+
+
+def _first_state(
+    config: ConfigDict,
+    workdir: Path,
+    prepared: Prepared,
+    token_counts: np.ndarray,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    first_step: int | None,
+) -> TrainState:
+    """The state to go on from, whole on every device; only from here on is the workdir written to."""
+
+    def create() -> TrainState:
+        return create_state(config, prepared.model, token_counts)
+
+    abstract = replicated(mesh, jax.eval_shape(create))
+    if first_step is not None:
+        check_workdir(workdir, prepared)
+        state = checkpoints.restore(abstract, first_step)
+        changes = record_config(workdir, config, first_step)
+        print(f"resuming {config.logging.name} in {workdir} from step {first_step}")
+        for key, (old, new) in changes.items():
+            print(f"  {key} was {old!r} and is {new!r} from here on")
+        return state
+    state = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    if config.train.init_from:
+        state, origin = init_state(state, config)
+        print(f"starting from the weights of {origin.workdir}, step {origin.step}")
+    begin_workdir(workdir, config, prepared)
+    return state
+
+
+class CompiledStep:
+    """The training step, compiled once for each row length, before its first use there."""
+
+    def __init__(self, step: Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, jax.Array]]]):
+        self._step = step
+        self._compiled = {}
+
+    def compile(self, state: TrainState, batch: Batch) -> float:
+        """Compiles for the shape of `batch` if that was not done yet. Returns the seconds it took."""
+        length = batch.tokens.shape[-1]
+        if length in self._compiled:
+            return 0.0
+        began = time.monotonic()
+        self._compiled[length] = self._step.lower(state, batch).compile()
+        seconds = time.monotonic() - began
+        print(f"compiled the step for rows of {length} tokens in {seconds:.1f}s", flush=True)
+        return seconds
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
+        """One optimiser step. The old state is given up; returns when the new one is computed."""
+        state, metrics = self._compiled[batch.tokens.shape[-1]](state, batch)
+        return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+@dataclasses.dataclass
+class Loop:
+    """Steps, and what happens between them.
+
+    Attributes:
+        config: the whole configuration.
+        workdir: the run's folder.
+        checkpoints: where states are saved.
+        writer: gets the figures and the samples.
+        stop: whether to end after the running step.
+        evaluate: held-out figures of a state.
+        sample: texts from a state.
+        progress: the steps done.
+        steps_per_epoch: optimiser steps in one pass over the corpus.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    checkpoints: Checkpoints
+    writer: metric_writers.MetricWriter
+    stop: StopRequest
+    evaluate: Evaluate
+    sample: Sample
+    progress: Progress
+    steps_per_epoch: int
+
+    def __post_init__(self):
+        self._losses: list[float] = []
+        self._last_line = -math.inf
+        self._done_once: set[str] = set()
+
+    def run(self, state: TrainState, train_step: CompiledStep, batches: Iterator[Batch]) -> TrainState:
+        """Trains until the last step, or until a stop is asked for. Either way the state is saved.
+
+        Raises:
+            UserError: the loss is not finite. Nothing is saved then.
+        """
+        config, progress, stop = self.config, self.progress, self.stop
+        first_step = progress.step
+        while progress.step < progress.num_steps and not stop:
+            began = time.monotonic()
+            batch = next(batches)
+            compiling = train_step.compile(state, batch)
+            state, metrics = train_step(state, batch)
+            progress.add_compiling(compiling)
+            progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
+            self._check_finite(metrics)
+            self._report(metrics)
+            # A checkpoint is kept for its held-out loss, so that comes first; samples can wait.
+            held_out = None
+            if self._is_due(config.eval.every_steps) and not stop:
+                held_out = self._once_free("evaluate", lambda state=state: self._evaluate(state))
+            if self._is_due(config.checkpoint.every_steps):
+                self._save(state, held_out)
+            if self._is_due(config.logging.sample_every_steps) and not stop:
+                self._once_free("sample", lambda state=state: self._show_samples(state))
+        if progress.step > first_step:
+            self._save(state, None)
+        if progress.step < progress.num_steps:
+            print(
+                f"stopped at step {progress.step} of {progress.num_steps}, saved in {self.workdir}: "
+                "run the same command again to go on",
+                flush=True,
+            )
+        else:
+            print(
+                f"trained to step {progress.step} in {format_seconds(progress.seconds)} of training "
+                f"({progress.real_tokens:,} real tokens), saved in {self.workdir}",
+                flush=True,
+            )
+        return state
+
+    def _is_due(self, every_steps: int) -> bool:
+        return self.progress.step % every_steps == 0 or self.progress.step == self.progress.num_steps
+
+    def _once_free(self, name: str, action: Callable):
+        """Does something whose first time is mostly compiling, and leaves that one out of the time left."""
+        began = time.monotonic()
+        result = action()
+        if name not in self._done_once:
+            self._done_once.add(name)
+            self.progress.add_compiling(time.monotonic() - began)
+        return result
+
+    def _check_finite(self, metrics: Mapping[str, float]):
+        broken = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            last = self.checkpoints.latest_step()
+            kept = "no checkpoint was saved yet" if last is None else f"the checkpoint of step {last} is untouched"
+            raise UserError(
+                f"the loss is not finite at step {self.progress.step} ({', '.join(broken)}); {kept}: "
+                "run the same command with a lower --config.optimizer.learning_rate"
+            )
+
+    def _report(self, metrics: Mapping[str, float]):
+        self._losses.append(metrics["loss"])
+        progress, now = self.progress, time.monotonic()
+        due = self._is_due(self.config.logging.every_steps)
+        if not due and now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        loss, speed = sum(self._losses) / len(self._losses), progress.tokens_per_second()
+        print(progress.line(loss, speed), flush=True)
+        self._last_line = now
+        self._losses.clear()
+        scalars = {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
+        scalars |= {
+            "train/loss": loss,
+            "train/tokens_per_second": speed,
+            "train/seconds": progress.seconds,
+            "train/real_tokens": progress.real_tokens,
+            "train/epoch": progress.step / self.steps_per_epoch,
+        }
+        self.writer.write_scalars(step=progress.step, scalars=scalars)
+        self.writer.flush()
+
+    def _evaluate(self, state: TrainState) -> float | None:
+        """Writes the held-out figures and returns their mean; None if a stop was asked for meanwhile."""
+        try:
+            figures = self.evaluate(state)
+        except Stopped:
+            return None
+        self.writer.write_scalars(step=self.progress.step, scalars=figures)
+        levels = "  ".join(
+            f"{name.removeprefix('held_out/')} {value:.3f}"
+            for name, value in figures.items()
+            if name.startswith("held_out/")
+        )
+        print(f"held-out cross-entropy at step {self.progress.step}: {levels}", flush=True)
+        return figures[HELD_OUT_MEAN]
+
+    def _show_samples(self, state: TrainState):
+        texts = self.sample(state)
+        self.writer.write_texts(
+            step=self.progress.step, texts={f"samples/{name}": text for name, text in texts.items()}
+        )
+        print(f"samples at step {self.progress.step}:")
+        for name, text in texts.items():
+            print(f"  [{name}] {' '.join(text.split())}", flush=True)
+
+    def _save(self, state: TrainState, held_out: float | None):
+        step = self.progress.step
+        self.checkpoints.save(step, state, None if held_out is None else {"held_out": held_out})
+        save_totals(self.workdir, self.progress)

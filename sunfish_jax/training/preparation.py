@@ -1,0 +1,132 @@
+"""What a run needs before its first step: tokenizer, tokens, prompts, model and state."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
+
+from sunfish_jax.data.batches import Batch, BatchSource, held_out_rows
+from sunfish_jax.data.buckets import choose_buckets
+from sunfish_jax.data.sources import Source, open_source
+from sunfish_jax.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
+from sunfish_jax.data.tokens import TokenizedSplit, prepare
+from sunfish_jax.errors import UserError
+from sunfish_jax.models.denoiser import TextDenoiser, make_model
+from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
+from sunfish_jax.models.prompt_table import PromptTable
+from sunfish_jax.workdir.config import CONFIG_FILE, record_config
+from sunfish_jax.workdir.run import IDENTITY_FILE, TOKENIZER_FOLDER
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What does not change during a run.
+
+    Attributes:
+        tokenizer: of the corpus.
+        prompt_encoder: turns prompts into what the model reads.
+        splits: the tokenized corpus by name of split.
+        buckets: row lengths, rising.
+        model: the denoiser.
+        identity: fingerprints of `data`, `tokenizer` and `prompt_encoder`; a run resumes only on the same.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    prompt_encoder: PromptEncoder
+    splits: Mapping[str, TokenizedSplit]
+    buckets: tuple[int, ...]
+    model: TextDenoiser
+    identity: Mapping[str, str]
+
+    def training_batches(self, config: ConfigDict) -> BatchSource:
+        """The training batches, indexable by step."""
+        return BatchSource(self.splits["train"], self.buckets, config, self._prompts("train"))
+
+    def held_out_batches(self, config: ConfigDict) -> list[Batch]:
+        """The validation rows that are scored while training: always the same."""
+        rows = config.eval.num_rows
+        return held_out_rows(self.splits["validation"], rows, self.buckets, config, self._prompts("validation"))
+
+    def token_counts(self) -> np.ndarray:
+        """How often each token occurs in the training text, [V] int64."""
+        tokens = self.splits["train"].tokens
+        counts = np.zeros(self.model.vocab_size, np.int64)
+        # In parts: counting makes a wider copy of what it counts.
+        for start in range(0, len(tokens), 2**20):
+            counts += np.bincount(tokens[start : start + 2**20], minlength=len(counts))
+        return counts
+
+    def _prompts(self, split: str) -> PromptTable:
+        texts = self.splits[split]
+        return PromptTable(self.prompt_encoder, texts.num_prompts, texts.prompt_texts)
+
+
+def prepare_run(config: ConfigDict, workdir: Path, tokenizer_path: Path | None) -> Prepared:
+    """Prepares data and model; what was prepared before is found again in the workdir.
+
+    Args:
+        config: the whole configuration.
+        workdir: tokens are kept in `data/` there.
+        tokenizer_path: a saved tokenizer to use: that of the run to resume or to start from. None: the one that
+            the configuration names, or one trained on the corpus.
+
+    Raises:
+        UserError: the data, the tokenizer or the prompt encoder cannot be used.
+    """
+    data_dir = workdir / "data"
+    source = open_source(config.data, data_dir)
+    tokenizer = _tokenizer(config.tokenizer, source, tokenizer_path)
+    splits = prepare(source, tokenizer, data_dir, block_size=config.model.block_size)
+    encoder = make_prompt_encoder(config.prompt_encoder, tokenizer)
+    return Prepared(
+        tokenizer=tokenizer,
+        prompt_encoder=encoder,
+        splits=splits,
+        buckets=choose_buckets(splits["train"].lengths, config.data.num_buckets, config.model.block_size),
+        model=make_model(config, len(tokenizer), encoder),
+        identity={
+            "data": source.identity,
+            "tokenizer": tokenizer_identity(tokenizer),
+            "prompt_encoder": encoder.identity,
+        },
+    )
+
+
+def _tokenizer(config: ConfigDict, source: Source, path: Path | None) -> PreTrainedTokenizerFast:
+    path = path or config.path
+    if path:
+        return load_tokenizer(path)
+    print(f"training a tokenizer of {config.vocab_size:,} tokens", flush=True)
+    return train_tokenizer((example.text for example in source.examples("train")), config.vocab_size)
+
+
+def begin_workdir(workdir: Path, config: ConfigDict, prepared: Prepared):
+    """Makes `workdir` that of a new run. Without a checkpoint, what an earlier one left there is of no use."""
+    (workdir / CONFIG_FILE).unlink(missing_ok=True)
+    record_config(workdir, config, step=0)
+    prepared.tokenizer.save_pretrained(workdir / TOKENIZER_FOLDER)
+    (workdir / IDENTITY_FILE).write_text(json.dumps(prepared.identity, indent=2) + "\n", encoding="utf-8")
+
+
+def check_workdir(workdir: Path, prepared: Prepared):
+    """Raises a UserError if the run in `workdir` was trained on other data, tokens or prompt states."""
+    saved = json.loads((workdir / IDENTITY_FILE).read_text(encoding="utf-8"))
+    names = {"data": "text of data.source", "tokenizer": "tokenizer", "prompt_encoder": "prompt encoder"}
+    changed = [name for key, name in names.items() if saved[key] != prepared.identity[key]]
+    if changed:
+        raise UserError(
+            f"the {' and the '.join(changed)} changed since the run in --workdir={workdir} began: put back what "
+            f"was there, or start a new run in another workdir with --config.train.init_from={workdir}"
+        )
+
+
+def replicated(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Abstract arrays like those of `tree`, whole on every device."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

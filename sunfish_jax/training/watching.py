@@ -1,0 +1,87 @@
+"""What a run shows of itself besides its loss: held-out figures and samples."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.evaluation.held_out import held_out_cross_entropy, log_unigram, nearest_neighbour_distance
+from sunfish_jax.generation.generator import Settings
+from sunfish_jax.generation.sample import sample_texts
+from sunfish_jax.models.prompt_encoder import encode_prompts
+from sunfish_jax.training.interrupt import StopRequest
+from sunfish_jax.training.preparation import Prepared
+from sunfish_jax.training.state import TrainState
+
+# Held-out figures by name, or samples by name.
+Evaluate = Callable[[TrainState], dict[str, float]]
+Sample = Callable[[TrainState], dict[str, str]]
+
+HELD_OUT_MEAN = "held_out/mean"
+
+
+class Stopped(Exception):
+    """An evaluation was given up because the run is to stop."""
+
+
+def make_evaluate(config: ConfigDict, prepared: Prepared, token_counts: np.ndarray, stop: StopRequest) -> Evaluate:
+    """Makes the evaluation of a state on always the same held-out rows.
+
+    Args:
+        config: the whole configuration; `eval.num_rows` is read.
+        prepared: the model and the held-out rows.
+        token_counts: [V] how often each token occurs in the training text.
+        stop: when it is asked for, the evaluation raises `Stopped` before its next batch.
+
+    Returns:
+        A function to scalars by name, of the averaged parameters.
+    """
+    batches = prepared.held_out_batches(config)
+    unigram = log_unigram(token_counts)
+
+    def until_stopped() -> Iterator[Batch]:
+        for batch in batches:
+            if stop:
+                raise Stopped
+            yield batch
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        params = on_one_device(state.ema_params)
+        figures = held_out_cross_entropy(prepared.model, params, until_stopped(), log_unigram=unigram)
+        distance = nearest_neighbour_distance(prepared.model, params)
+        return figures | {"embeddings/nearest_neighbour_distance": float(distance)}
+
+    return evaluate
+
+
+def make_sample(config: ConfigDict, prepared: Prepared) -> Sample:
+    """Makes the sampling of a state: one text for each of `logging.sample_prompts`, and one without a prompt.
+
+    The noise they start from is always the same, so that they can be compared from step to step.
+    """
+    names = [*config.logging.sample_prompts, "no prompt"]
+    prompts = encode_prompts(prepared.prompt_encoder, [*config.logging.sample_prompts, None])
+    settings = Settings.make(config.sampling)
+
+    def sample(state: TrainState) -> dict[str, str]:
+        params, schedule = on_one_device((state.ema_params, state.schedule))
+        texts = sample_texts(
+            prepared.model,
+            params,
+            schedule,
+            prepared.tokenizer,
+            prompts,
+            seq_len=config.model.block_size,
+            settings=settings,
+            seed=config.train.seed,
+        )
+        return dict(zip(names, texts, strict=True))
+
+    return sample
+
+
+def on_one_device(tree):
+    """Arrays that lie on every device of a mesh, on the first alone: what uses them is then computed once."""
+    return jax.device_put(tree, jax.local_devices()[0])
