@@ -24,8 +24,10 @@ from sunfish_jax.generation.options import (
     check_checkpoint,
     read_prompts,
 )
+from sunfish_jax.startup import end_on_interrupt, prepare_process
 from sunfish_jax.workdir.config import load_config, unknown_key, validate_config
 
+NO_CONFIG = "--config is missing: name what to train, such as --config=configs/micro.py"
 ROOT = Path(__file__).parent
 FLAGS = flags.FLAGS
 GENERATE = ("sample", "infill")
@@ -61,9 +63,9 @@ FLAG_MODES = {
 def train(workdir: Path) -> None:
     config = FLAGS.config
     if config is None:
-        raise UserError("--config is missing: name what to train, such as --config=configs/micro.py")
+        raise UserError(NO_CONFIG)
     validate_config(config, runpy.run_path(str(ROOT / "configs/default.py"))["get_config"]())
-    prepare_backend(config.train.num_devices)
+    prepare_process(config.train.num_devices)
     from sunfish_jax.training import loop
 
     loop.train(config, workdir)
@@ -72,7 +74,7 @@ def train(workdir: Path) -> None:
 def sample(workdir: Path) -> None:
     options = SampleOptions(**generation_flags())
     options.check_length(load_config(workdir).model.block_size)
-    prepare_backend()
+    prepare_process()
     from sunfish_jax.generation import sample
 
     sample.run(workdir, options)
@@ -83,7 +85,7 @@ def infill(workdir: Path) -> None:
         raise UserError("--text is missing: give a text with gaps, such as 'The [MASK] is a [MASK:6] of Africa.'")
     options = InfillOptions(text=FLAGS.text, **generation_flags())
     options.check_length(load_config(workdir).model.block_size)
-    prepare_backend()
+    prepare_process()
     from sunfish_jax.generation import infill
 
     infill.run(workdir, options)
@@ -95,20 +97,13 @@ def evaluate(workdir: Path) -> None:
     if split not in ("validation", "test"):
         raise UserError(f"--split={split}: give validation or test")
     load_config(workdir)
-    prepare_backend()
+    prepare_process()
     from sunfish_jax.evaluation import run
 
     run.run(workdir, checkpoint, split)
 
 
 MODES = {"train": train, "sample": sample, "infill": infill, "eval": evaluate}
-
-
-def prepare_backend(num_cpu_devices: int = 1) -> None:
-    # Imported late, since it brings JAX.
-    from sunfish_jax.backend import prepare_backend
-
-    prepare_backend(num_cpu_devices)
 
 
 def generation_flags() -> dict:
@@ -148,6 +143,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         check_flags(arguments[1:])
         if FLAGS.config is not None:
             FLAGS.config.items()  # A file that cannot be read is an error only here.
+    except flags.UnrecognizedFlagError as error:
+        # Overrides become flags only with a --config.
+        fail(UserError(NO_CONFIG) if error.flagname.startswith("config.") else error)
     except (UserError, flags.Error) as error:
         fail(error)
     except Exception as error:
@@ -164,7 +162,10 @@ def config_error(argv: list[str], error: Exception) -> Exception:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
     if frames:
         return UserError(f"{path}, line {frames[-1].lineno}: {type(error).__name__}: {error}")
-    config = runpy.run_path(path)["get_config"]()
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as again:
+        return UserError(f"--config={path} defines no configuration: {type(again).__name__}: {again}")
     for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", arguments, re.MULTILINE):
         node = config
         for part in key.split("."):
@@ -182,13 +183,11 @@ def fail(error: Exception) -> None:
 
 def main(argv: list[str]) -> None:
     del argv
+    end_on_interrupt()
     try:
         MODES[FLAGS.mode](Path(FLAGS.workdir))
     except UserError as error:
         fail(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
