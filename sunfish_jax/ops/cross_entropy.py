@@ -6,20 +6,22 @@ import jax.numpy as jnp
 from sunfish_jax.ops.dense import transposed_copy
 
 
-def token_logits(features: jax.Array, table: jax.Array) -> jax.Array:
-    """features @ table.T, accumulated and kept in float32.
+def token_logits(features: jax.Array, table: jax.Array, bias: jax.Array) -> jax.Array:
+    """features @ table.T + bias, accumulated and kept in float32.
 
     Args:
       features: [N, D].
       table: [V, D]; its dtype is the one multiplied in.
+      bias: [V] float32.
 
     Returns:
       [N, V] float32.
     """
     dimensions = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
+    logits = jax.lax.dot_general(
         features.astype(table.dtype), table, dimensions, preferred_element_type=jnp.float32
     )
+    return logits + bias
 
 
 def _exponentials(logits):
@@ -46,40 +48,43 @@ def expected_embedding(logits: jax.Array, table: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def cross_entropy(features: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(features @ table.T)[targets] in nats.
+def cross_entropy(features: jax.Array, table: jax.Array, bias: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(features @ table.T + bias)[targets] in nats.
 
     Args:
       features: [N, D].
       table: [V, D]; its dtype is the one multiplied in.
+      bias: [V] float32, a constant: no gradient flows to it.
       targets: [N] int32 in [0, V).
 
     Returns:
       [N] float32.
     """
-    return _cross_entropy_forward(features, table, targets)[0]
+    return _cross_entropy_forward(features, table, bias, targets)[0]
 
 
-def _cross_entropy_forward(features, table, targets):
-    logits = token_logits(features, table)
+def _cross_entropy_forward(features, table, bias, targets):
+    logits = token_logits(features, table, bias)
     exponentials, total, highest = _exponentials(logits)
     at_target = jnp.take_along_axis(logits, targets[:, None], axis=1)
     loss = (jnp.log(total) + highest - at_target)[:, 0]
     # Kept unnormalised and narrow: half the memory traffic of float32 probabilities.
-    return loss, (features, table, targets, exponentials.astype(table.dtype), total)
+    return loss, (features, table, jnp.zeros_like(bias), targets, exponentials.astype(table.dtype), total)
 
 
 def _cross_entropy_backward(residuals, g):
-    features, table, targets, exponentials, total = residuals
+    features, table, no_gradient, targets, exponentials, total = residuals
     # d loss / d logits = softmax - onehot(target): the dense and the sparse part go separate ways.
     scale = g[:, None] / total
     d_features = scale * jnp.dot(exponentials, table, preferred_element_type=jnp.float32)
     d_features -= g[:, None] * table[targets].astype(jnp.float32)
     # features^T @ softmax rather than softmax^T @ features: the transposed copy is of the narrow operand.
     scaled = (features.astype(jnp.float32) * scale).astype(table.dtype)
-    d_table = jnp.dot(transposed_copy(scaled), exponentials, preferred_element_type=jnp.float32).T
+    d_table = jnp.dot(transposed_copy(scaled), exponentials, preferred_element_type=jnp.float32)
+    # Without the barrier XLA folds the transpose back into the slow form of the product.
+    d_table = jax.lax.optimization_barrier(d_table).T
     d_table = d_table.at[targets].add(-g[:, None] * features.astype(jnp.float32))
-    return d_features.astype(features.dtype), d_table.astype(table.dtype), None
+    return d_features.astype(features.dtype), d_table.astype(table.dtype), no_gradient, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijective mixing of 32-bit words (C. Wellons' `lowbias32`: bias 0.17 of 2^-32 a bit)."""
+    """A bijective mixing of 32-bit words (the `lowbias32` constants of C. Wellons' hash-prospector)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -1,0 +1,205 @@
+"""The denoiser: from noisy embeddings, their noise level and a prompt to logits over the vocabulary."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from sunfish_jax.diffusion.process import posterior_scale
+from sunfish_jax.models.layers import NoiseLevelFeatures, TransformerLayer, kernel_init, rms_norm
+from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
+from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
+from sunfish_jax.ops.dense import dense
+
+
+@flax.struct.dataclass
+class PromptKeysValues:
+    """What every layer attends to, computed once for a prompt.
+
+    Attributes:
+      keys: [L, B, H, P, d].
+      values: [L, B, H, P, d].
+      mask: [B, P] bool, at least one True a row.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    mask: jax.Array
+
+    def select(self, rows: jax.Array) -> "PromptKeysValues":
+        """The keys and values of some rows [n]."""
+        return PromptKeysValues(self.keys[:, rows], self.values[:, rows], self.mask[rows])
+
+
+class TextDenoiser(nn.Module):
+    """A bidirectional transformer that predicts the clean tokens behind noisy embeddings.
+
+    Shapes: B rows, S tokens, D embedding_dim, W width, V vocab_size, L num_layers, H num_heads, P prompt length.
+    """
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    width: int
+    embedding_dim: int
+    mlp_ratio: int
+    conditioning_dim: int
+    conv_width: int
+    dropout: float
+    dtype: jnp.dtype
+    remat: bool
+    prompt_dim: int
+    prompt_module: nn.Module | None = None
+
+    def setup(self):
+        width, zeros = self.width, nn.initializers.zeros
+        self.raw_embedding = self.param(
+            "embedding", nn.initializers.normal(1.0), (self.vocab_size, self.embedding_dim)
+        )
+        # Log frequencies of the tokens, set from the training text and never trained: the prior over a token
+        # before anything is seen of it.
+        self.log_unigram = self.param("log_unigram", zeros, (self.vocab_size,))
+        self.input_kernel = self.param(
+            "input_kernel", kernel_init(3 * self.embedding_dim), (3 * self.embedding_dim, width)
+        )
+        self.known_vector = self.param("known_vector", zeros, (width,))
+        self.noise_level = NoiseLevelFeatures(self.conditioning_dim)
+        # One product makes the scales of all norms: three a layer and the last one.
+        self.scales_kernel = self.param(
+            "scales_kernel", zeros, (self.conditioning_dim, (3 * self.num_layers + 1) * width)
+        )
+        self.adapter_kernel = self.param("adapter_kernel", kernel_init(self.prompt_dim), (self.prompt_dim, width))
+        self.null_prompt = self.param("null_prompt", nn.initializers.normal(1.0), (width,))
+        self.prompt_kernel = self.param("prompt_kernel", kernel_init(width), (width, 2 * self.num_layers * width))
+        layer = nn.remat(TransformerLayer) if self.remat else TransformerLayer
+        self.layers = [
+            layer(width, self.num_heads, self.mlp_ratio, self.conv_width, self.dropout, site, self.dtype)
+            for site in range(self.num_layers)
+        ]
+        self.head_kernel = self.param("head_kernel", zeros, (width, self.embedding_dim))
+
+    def embedding_table(self) -> jax.Array:
+        """The clean embeddings E: [V, D] float32, rows of norm sqrt(D)."""
+        norm = jnp.linalg.norm(self.raw_embedding, axis=-1, keepdims=True)
+        return self.raw_embedding * (self.embedding_dim**0.5 / norm)
+
+    def encode_prompt(self, prompt: Prompt) -> PromptKeysValues:
+        """Keys and values of every layer for prompts [B, P]; a row without a prompt gets the null prompt."""
+        states = prompt.inputs
+        if self.prompt_module is not None:
+            states = self.prompt_module(prompt.inputs, prompt.mask)
+        batch, length, _ = states.shape
+        given = prompt.mask.any(axis=-1, keepdims=True)
+        states = states.reshape(batch * length, -1)
+        states = dense(states, self.adapter_kernel.astype(self.dtype)).reshape(batch, length, -1)
+        states = rms_norm(jnp.where(given[..., None], states, self.null_prompt))
+        # Only one position of a null prompt is read: they are all the same.
+        mask = jnp.where(given, prompt.mask, jnp.arange(length) == 0)
+        states = states.reshape(batch * length, -1)
+        both = dense(states, self.prompt_kernel.astype(self.dtype), self.dtype)
+        head_dim = self.width // self.num_heads
+        both = both.reshape(batch, length, 2, self.num_layers, self.num_heads, head_dim)
+        keys, values = both.transpose(2, 3, 0, 4, 1, 5)
+        return PromptKeysValues(keys, values, mask)
+
+    def features(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues, row_seeds=None) -> jax.Array:
+        """What the logits are the product of with the embedding table.
+
+        logits = (W h + (alpha / sigma^2) z) E^T + log unigram: the network's h corrects the exact posterior of
+        a single token (Plaid, Gulrajani and Hashimoto 2023) through a head tied to the embeddings.
+
+        Args:
+          z: [B, S, D] noisy embeddings; clean ones where known.
+          gamma: [B] noise level, log(sigma^2 / alpha^2).
+          x_hat: [B, S, D] an earlier estimate of the clean embeddings, or zeros.
+          known_mask: [B, S] bool, True where z is clean.
+          prompt: keys and values from `encode_prompt`.
+          row_seeds: [B] uint32 for dropout; None for none.
+
+        Returns:
+          [B, S, D] float32.
+        """
+        batch, length, dim = z.shape
+        prior = posterior_scale(gamma)[:, None, None] * z
+        context_free = self._single_token_mean(prior)
+        context_free = jnp.where(known_mask[..., None], z, context_free)
+        inputs = jnp.concatenate([z, context_free, x_hat], axis=-1).reshape(batch * length, 3 * dim)
+        x = dense(inputs, self.input_kernel.astype(self.dtype)).reshape(batch, length, self.width)
+        x = rms_norm(x + known_mask[..., None] * self.known_vector)
+
+        scales = 1.0 + dense(self.noise_level(gamma), self.scales_kernel)
+        scales = jnp.split(scales[:, None, :], 3 * self.num_layers + 1, axis=-1)
+        for index, layer in enumerate(self.layers):
+            x = layer(
+                x,
+                scales[3 * index : 3 * index + 3],
+                prompt.keys[index],
+                prompt.values[index],
+                prompt.mask,
+                row_seeds,
+            )
+        h = rms_norm(x, scales[-1]).reshape(batch * length, self.width)
+        correction = dense(h, self.head_kernel.astype(self.dtype)).reshape(batch, length, dim)
+        return correction + prior
+
+    def _single_token_mean(self, prior: jax.Array) -> jax.Array:
+        """E[e | z] for each token by itself, with the tokens' frequencies as prior; no gradient flows.
+
+        prior: [B, S, D], (alpha / sigma^2) z. Returns [B, S, D].
+        """
+        table = jax.lax.stop_gradient(self.embedding_table()).astype(self.dtype)
+        prior = jax.lax.stop_gradient(prior)
+        logits = token_logits(prior.reshape(-1, prior.shape[-1]), table, self.log_unigram)
+        return expected_embedding(logits, table).reshape(prior.shape)
+
+    def logits(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
+        """Logits over the vocabulary, [B, S, V] float32; the arguments are those of `features`."""
+        features = self.features(z, gamma, x_hat, known_mask, prompt)
+        table = self.embedding_table().astype(self.dtype)
+        logits = token_logits(features.reshape(-1, self.embedding_dim), table, self.log_unigram)
+        return logits.reshape(*z.shape[:2], -1)
+
+    def estimate(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
+        """x_hat = softmax(logits) E, [B, S, D] float32; the arguments are those of `features`."""
+        features = self.features(z, gamma, x_hat, known_mask, prompt)
+        table = self.embedding_table().astype(self.dtype)
+        logits = token_logits(features.reshape(-1, self.embedding_dim), table, self.log_unigram)
+        return expected_embedding(logits, table).reshape(z.shape)
+
+    def cross_entropy(self, tokens, z, gamma, x_hat, known_mask, prompt, row_seeds=None) -> jax.Array:
+        """-log p(token | z, gamma, x_hat, prompt) in nats, [B, S] float32.
+
+        tokens is [B, S] int32; the other arguments are those of `features`.
+        """
+        features = self.features(z, gamma, x_hat, known_mask, prompt, row_seeds)
+        table = self.embedding_table().astype(self.dtype)
+        features = features.reshape(-1, self.embedding_dim)
+        losses = cross_entropy(features, table, self.log_unigram, tokens.reshape(-1))
+        return losses.reshape(tokens.shape)
+
+    def __call__(self, tokens, z, gamma, x_hat, known_mask, prompt: Prompt) -> jax.Array:
+        """Everything once, for initialisation: the arguments are those of `cross_entropy`."""
+        return self.cross_entropy(tokens, z, gamma, x_hat, known_mask, self.encode_prompt(prompt))
+
+
+def make_model(config: ConfigDict, vocab_size: int, prompt_encoder) -> TextDenoiser:
+    """The denoiser that a configuration describes.
+
+    Args:
+      config: the whole configuration; `model.compute_dtype` may be `auto`.
+      vocab_size: V, the tokenizer's size.
+      prompt_encoder: gives the width of the prompt states and, if trained, the module that makes them.
+    """
+    fields = config.model.to_dict()
+    del fields["block_size"]
+    dtype = fields.pop("compute_dtype")
+    dtype = jnp.dtype(fastest_compute_dtype() if dtype == "auto" else dtype)
+    return TextDenoiser(
+        vocab_size=vocab_size,
+        dtype=dtype,
+        prompt_dim=prompt_encoder.output_dim,
+        prompt_module=None if prompt_encoder.frozen else prompt_encoder.module,
+        **fields,
+    )

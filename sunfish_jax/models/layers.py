@@ -1,0 +1,131 @@
+"""The parts of the denoiser: norms, rotary positions, noise-level features, one transformer layer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sunfish_jax.ops.attention import attention
+from sunfish_jax.ops.convolution import depthwise_convolution
+from sunfish_jax.ops.dense import dense, squared_relu_mlp
+from sunfish_jax.ops.dropout import dropout
+
+_EPSILON = 1e-6
+_ROTARY_BASE = 10_000.0
+
+
+def rms_norm(x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
+    """x / sqrt(mean(x^2)) * scale over the last dimension, in float32 (Zhang and Sennrich 2019)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + _EPSILON) * scale
+
+
+def rotary(x: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021) along the sequence.
+
+    Args:
+      x: [B, H, S, d], d even.
+
+    Returns:
+      [B, H, S, d] in x's dtype: pair (i, i + d/2) turned by the angle s * base^(-2i/d).
+    """
+    length, half = x.shape[-2], x.shape[-1] // 2
+    frequencies = _ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def split_heads(x: jax.Array, batch: int, num_heads: int) -> jax.Array:
+    """[B*S, H*d] -> [B, H, S, d]."""
+    return x.reshape(batch, -1, num_heads, x.shape[-1] // num_heads).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, H, S, d] -> [B*S, H*d]."""
+    batch, num_heads, length, head_dim = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch * length, num_heads * head_dim)
+
+
+def kernel_init(fan_in: int):
+    """Normal with variance 1 / fan_in: keeps the variance of what it multiplies."""
+    return nn.initializers.normal(fan_in**-0.5)
+
+
+class NoiseLevelFeatures(nn.Module):
+    """A representation of gamma from which the layers' adaptive scales are made."""
+
+    dim: int
+    num_frequencies: int = 32
+
+    @nn.compact
+    def __call__(self, gamma: jax.Array) -> jax.Array:
+        """gamma [B] -> [B, dim] float32."""
+        # gamma spans about [-10, 15]: wavelengths from far above that range down to one nat.
+        frequencies = jnp.geomspace(0.05, 2 * jnp.pi, self.num_frequencies)
+        angles = gamma[:, None] * frequencies
+        features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        fan_in = 2 * self.num_frequencies
+        hidden = dense(features, self.param("kernel_in", kernel_init(fan_in), (fan_in, self.dim)))
+        hidden = nn.silu(hidden + self.param("bias_in", nn.initializers.zeros, (self.dim,)))
+        return nn.silu(dense(hidden, self.param("kernel_out", kernel_init(self.dim), (self.dim, self.dim))))
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention to the prompt, and a squared-ReLU feed-forward layer, all pre-norm."""
+
+    width: int
+    num_heads: int
+    mlp_ratio: int
+    conv_width: int
+    dropout: float
+    site: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, scales, prompt_keys, prompt_values, prompt_mask, row_seeds):
+        """One layer.
+
+        Args:
+          x: [B, S, W] float32, the residual stream.
+          scales: three [B, 1, W], what the norms' outputs are multiplied with.
+          prompt_keys, prompt_values: [B, H, P, d].
+          prompt_mask: [B, P] bool.
+          row_seeds: [B] uint32 for dropout, or None.
+
+        Returns:
+          [B, S, W] float32.
+        """
+        batch, _, width = x.shape
+
+        def kernel(name, fan_in, fan_out, init=None):
+            init = init or kernel_init(fan_in)
+            return self.param(name, init, (fan_in, fan_out)).astype(self.dtype)
+
+        def local(h, name):
+            if not self.conv_width:
+                return h
+            taps = self.param(name, nn.initializers.zeros, (self.conv_width, width))
+            return h + depthwise_convolution(h, taps)
+
+        def residual(branch, site):
+            return x + dropout(branch.reshape(x.shape), row_seeds, 3 * self.site + site, self.dropout)
+
+        h = local(rms_norm(x, scales[0]), "attention_taps").reshape(-1, width)
+        qkv = dense(h, kernel("attention_in", width, 3 * width), self.dtype)
+        q, k, v = (split_heads(part, batch, self.num_heads) for part in jnp.split(qkv, 3, axis=-1))
+        h = merge_heads(attention(rotary(q), rotary(k), v, None))
+        x = residual(dense(h, kernel("attention_out", width, width, nn.initializers.zeros)), 0)
+
+        h = rms_norm(x, scales[1]).reshape(-1, width)
+        q = split_heads(dense(h, kernel("cross_in", width, width), self.dtype), batch, self.num_heads)
+        h = merge_heads(attention(q, prompt_keys, prompt_values, prompt_mask))
+        x = residual(dense(h, kernel("cross_out", width, width, nn.initializers.zeros)), 1)
+
+        h = local(rms_norm(x, scales[2]), "mlp_taps").reshape(-1, width)
+        hidden = self.mlp_ratio * width
+        branch = squared_relu_mlp(
+            h, kernel("mlp_in", width, hidden), kernel("mlp_out", hidden, width, nn.initializers.zeros)
+        )
+        return residual(branch, 2)

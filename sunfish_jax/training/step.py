@@ -1,0 +1,191 @@
+"""One optimiser step: (state, batch) -> (state, metrics)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.diffusion.loss import NoisyRows, first_estimate
+from sunfish_jax.diffusion.process import stratified_uniforms
+from sunfish_jax.diffusion.schedules import fit_schedule
+from sunfish_jax.models.denoiser import TextDenoiser
+from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, state_shardings
+from sunfish_jax.training.state import (
+    TrainState,
+    create_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_schedule_optimizer,
+)
+
+
+def make_train_step(
+    config: ConfigDict, model: TextDenoiser, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step; it compiles once for each row length.
+
+    Args:
+      config: the whole configuration.
+      model: the denoiser.
+      mesh: one axis named "data", over which each microbatch's rows are split.
+
+    Returns:
+      A function of (state, batch), donating the state, to the next state and float32 scalars:
+      `loss` (mean cross-entropy over the positions to predict), `grad_norm`, `learning_rate` and the schedule's
+      parameters.
+    """
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    schedule_optimizer = make_schedule_optimizer(config.diffusion)
+    learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
+
+    def train_step(state: TrainState, batch: Batch):
+        gamma_key, *row_keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
+        shape = batch.tokens.shape[:2]
+        gamma = state.schedule.gamma(stratified_uniforms(gamma_key, shape[0] * shape[1])).reshape(shape)
+        # Every position but the given ones is predicted, the few padded ones too: they teach where texts end.
+        num_targets = jnp.maximum(1, jnp.sum(~batch.known_mask)).astype(jnp.float32)
+        narrow = compute_params(state.params, model.dtype)
+        grads, row_losses = gradients(narrow, batch, gamma, jnp.stack(row_keys), num_targets)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_decay(config.optimizer.ema_decay, state.step)
+        ema_params = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema_params, params)
+
+        targets = jnp.sum(~batch.known_mask, axis=-1)
+        # Rows with given tokens are easier at the same gamma: the schedule describes the others.
+        plain = (targets == batch.tokens.shape[-1]).astype(jnp.float32).ravel()
+        mean_losses = (row_losses / jnp.maximum(1, targets)).ravel()
+        schedule, schedule_opt_state = fit_schedule(
+            state.schedule, state.schedule_opt_state, schedule_optimizer, gamma.ravel(), mean_losses, plain
+        )
+        metrics = {
+            "loss": row_losses.sum() / num_targets,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": learning_rate(state.step),
+            **{f"schedule/{name}": value for name, value in vars(state.schedule).items()},
+        }
+        next_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            ema_params=ema_params,
+            opt_state=opt_state,
+            schedule=schedule,
+            schedule_opt_state=schedule_opt_state,
+            key=state.key,
+        )
+        return next_state, metrics
+
+    def device_gradients(params, batch: Batch, gamma, row_keys, num_targets):
+        """Gradients of the mean loss, and each row's summed loss, from this device's rows of every microbatch."""
+        local_rows = gamma.shape[1]
+        all_rows = local_rows * jax.lax.axis_size(DATA_AXIS)
+        loss_and_gradient = jax.value_and_grad(microbatch_loss, argnums=1, has_aux=True)
+
+        def accumulate(total, microbatch):
+            index, rows, row_gamma = microbatch
+            first_row = index * all_rows + jax.lax.axis_index(DATA_AXIS) * local_rows
+            (_, row_losses), grads = loss_and_gradient(
+                model, params, config.diffusion, rows, row_gamma, row_keys, first_row, num_targets
+            )
+            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), row_losses
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        microbatches = (jnp.arange(gamma.shape[0]), batch, gamma)
+        grads, row_losses = jax.lax.scan(accumulate, zeros, microbatches)
+        return jax.lax.psum(grads, DATA_AXIS), row_losses
+
+    rows = P(None, DATA_AXIS)
+    gradients = jax.shard_map(
+        device_gradients,
+        mesh=mesh,
+        in_specs=(P(), rows, rows, P(), P()),
+        out_specs=(P(), rows),
+        check_vma=False,
+    )
+    shardings = state_shardings(jax.eval_shape(lambda: create_state(config, model)), mesh)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+    )
+
+
+def microbatch_loss(model, params, config, batch, gamma, row_keys, first_row, num_targets):
+    """The summed loss of one forward pass's rows, over the number of targets of the whole step.
+
+    Args:
+      model: the denoiser.
+      params: its parameters, kernels in the compute dtype.
+      config: the `diffusion` group.
+      batch: rows without the microbatch axis: tokens [B, S] and so on.
+      gamma: [B] noise levels.
+      row_keys: three keys for noise, dropout and the dropping of prompts; each row folds in its global index.
+      first_row: [] global index of the first row.
+      num_targets: [] positions to predict in the whole optimiser step.
+
+    Returns:
+      The scalar loss, and each row's summed cross-entropy [B].
+    """
+    variables = {"params": params}
+    num_rows, length = batch.tokens.shape
+    noise_keys, dropout_keys, prompt_keys = jax.vmap(
+        lambda key: jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(num_rows))
+    )(row_keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (length, model.embedding_dim)))(noise_keys)
+    # Without the barrier XLA makes the random numbers again in every fusion that reads them.
+    noise = jax.lax.optimization_barrier(noise)
+    row_seeds = jax.vmap(jax.random.bits)(dropout_keys)
+    dropped = jax.vmap(jax.random.uniform)(prompt_keys) < config.conditioning_dropout
+    prompt = batch.prompt.replace(mask=batch.prompt.mask & ~dropped[:, None])
+
+    rows = NoisyRows(batch.tokens, batch.known_mask, gamma, noise)
+    z = rows.noisy_embeddings(model.apply(variables, method="embedding_table"))
+    keys_values = model.apply(variables, prompt, method="encode_prompt")
+
+    def estimate(chosen):
+        frozen = jax.lax.stop_gradient((variables, z, keys_values.select(chosen)))
+        return model.apply(
+            frozen[0],
+            frozen[1][chosen],
+            gamma[chosen],
+            jnp.zeros((chosen.shape[0], *z.shape[1:])),
+            batch.known_mask[chosen],
+            frozen[2],
+            method="estimate",
+        )
+
+    x_hat = first_estimate(estimate, z, first_row, config.self_conditioning_every)
+    losses = model.apply(
+        variables,
+        batch.tokens,
+        z,
+        gamma,
+        x_hat,
+        batch.known_mask,
+        keys_values,
+        row_seeds,
+        method="cross_entropy",
+    )
+    row_losses = jnp.sum(losses * ~batch.known_mask, axis=-1)
+    return row_losses.sum() / num_targets, row_losses
+
+
+def compute_params(params, dtype):
+    """Kernels in the dtype they are multiplied in, cast once a step; vectors and embeddings stay float32."""
+
+    def cast(path, p):
+        return p.astype(dtype) if path[-1].key.endswith(("_in", "_out", "_kernel")) and p.ndim > 1 else p
+
+    return jax.tree.map_with_path(cast, params)
+
+
+def ema_decay(decay: float, step: jax.Array) -> jax.Array:
+    """The decay at a step: small at first, so that the average forgets the initial parameters."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
