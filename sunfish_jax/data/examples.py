@@ -1,9 +1,12 @@
-"""A text with its prompts, and the fingerprint of the files it came from."""
+"""A text with its prompts, the split it belongs to, and the fingerprint of the files it came from."""
 
 import dataclasses
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+
+VALIDATION_SHARE = 0.03
+TEST_SHARE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,3 +24,16 @@ def file_digest(paths: Iterable[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
+
+
+def uniform_hash(text: str) -> float:
+    """A number in [0, 1) that depends on `text` alone: the same on every machine and in every run."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def split_of(position: float) -> str:
+    """The split of an example whose `uniform_hash` is `position`: 94 / 3 / 3 %."""
+    if position < VALIDATION_SHARE:
+        return "validation"
+    return "test" if position < VALIDATION_SHARE + TEST_SHARE else "train"

@@ -7,8 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from sunfish_jax.data.corpus import split_of, uniform_hash
-from sunfish_jax.data.examples import Example
+from sunfish_jax.data.examples import Example, split_of, uniform_hash
 from sunfish_jax.errors import UserError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from absl import logging
 
-from sunfish_jax.data.corpus import VitalArticles, corpus_file, split_of, uniform_hash
-from sunfish_jax.data.examples import Example, file_digest
+from sunfish_jax.data.corpus import VitalArticles, corpus_file
+from sunfish_jax.data.examples import Example, file_digest, split_of, uniform_hash
 from sunfish_jax.data.prompts import article_prompts
 from sunfish_jax.errors import UserError
 

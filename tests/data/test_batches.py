@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -99,6 +101,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     expected = [one[step] for step in range(far + 2)]
     for step in (far, 0, far + 1, 2):
         jax.tree.map(np.testing.assert_array_equal, other[step], expected[step])
+    known = [batch.known_mask for batch in expected if batch.tokens.shape[-1] == 64 and batch.known_mask.any()]
+    assert not any(np.array_equal(*pair) for pair in itertools.pairwise(known))
     assert not np.array_equal(rows_of(make_source(seed=6)[0][0]), rows_of(one[0]))
 
 
