@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.model.width = 128
     config.model.block_size = 128
     config.model.embedding_dim = 64
-    config.model.conditioning_dim = 64
+    config.model.conditioning_dim = 32
     config.model.dropout = 0.0
 
     config.prompt_encoder.max_length = 32
