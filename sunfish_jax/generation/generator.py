@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from sunfish_jax.diffusion import samplers
 from sunfish_jax.diffusion.guidance import guided
 from sunfish_jax.diffusion.schedules import Schedule
+from sunfish_jax.generation.gaps import Layout
 from sunfish_jax.generation.options import GenerationOptions
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.models.denoiser import PromptKeysValues
@@ -44,6 +45,10 @@ class Settings:
                 values[name] = getattr(options, name)
         return cls(**values)
 
+    def with_steps(self, num_steps: int) -> "Settings":
+        """The same in another number of steps."""
+        return dataclasses.replace(self, num_steps=num_steps)
+
 
 @flax.struct.dataclass
 class Constraint:
@@ -59,10 +64,23 @@ class Constraint:
     kinds: np.ndarray | jax.Array
     allowed: np.ndarray | jax.Array
 
+    @classmethod
+    def of(cls, layouts: Sequence[Layout], allowed: np.ndarray) -> "Constraint":
+        """The constraint that rows of a text with gaps make, one layout a row."""
+        tokens, known, kinds = (
+            np.stack([getattr(layout, name) for layout in layouts]) for name in ("tokens", "known", "kinds")
+        )
+        return cls(samplers.Known(tokens, known), kinds, allowed)
+
 
 def sample_keys(seed: int, indices: np.ndarray) -> jax.Array:
     """The random keys [n] of samples: by seed and number, whatever else is sampled beside them."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+
+
+def take_rows(tree, rows: np.ndarray):
+    """The rows of those numbers, of every array in a pytree."""
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
 def generate(
@@ -107,13 +125,14 @@ def generate(
     for start in range(0, n, size):
         # The last turn repeats rows rather than being compiled for another shape.
         rows = np.minimum(np.arange(start, start + size), n - 1)
-        take = functools.partial(jax.tree.map, lambda leaf, rows=rows: leaf[rows])
-        here = constraint and constraint.replace(known=take(constraint.known), kinds=constraint.kinds[rows])
+        here = constraint and constraint.replace(
+            known=take_rows(constraint.known, rows), kinds=constraint.kinds[rows]
+        )
         if counter is not None:
             counter.start(start, min(start + size, n), n, settings.num_steps)
         tokens.append(
             _generate(
-                model, params, take(prompt), keys[rows], steps, interval, settings.temperature, here,
+                model, params, take_rows(prompt, rows), keys[rows], steps, interval, settings.temperature, here,
                 seq_len=seq_len, guidance_scale=scale, counter=counter,
             )
         )  # fmt: skip

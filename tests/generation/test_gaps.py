@@ -40,7 +40,7 @@ def test_gaps_anywhere(tokenizer, text, pieces, starts):
 
 @pytest.mark.parametrize("gap", ["[MASK:0]", "[MASK:]", "[MASK:-2]", "[MASK:two]", "[mask]", "[MASK", "[ MASK ]"])
 def test_malformed_gaps_are_named(tokenizer, gap):
-    with pytest.raises(UserError, match="malformed gap.*character 4"):
+    with pytest.raises(UserError, match=r"malformed gap.*character 4"):
         gaps.parse(f"The {gap} is a [MASK].", tokenizer)
 
 
@@ -50,7 +50,7 @@ def test_no_gap_and_too_long(tokenizer):
     template = gaps.parse("The [MASK] [MASK:3].", tokenizer)
     needed = template.num_given + 8 + 3 + 1
     assert gaps.check_length(template, max_gap=8, block_size=needed) == needed
-    with pytest.raises(UserError, match=f"takes {needed} tokens.*block is {needed - 1}"):
+    with pytest.raises(UserError, match=rf"takes {needed} tokens.*block is {needed - 1}"):
         gaps.check_length(template, max_gap=8, block_size=needed - 1)
 
 

@@ -1,0 +1,95 @@
+"""How often a gap in held-out text is filled with what stood there."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.diffusion.samplers import Known
+from sunfish_jax.diffusion.schedules import Schedule
+from sunfish_jax.evaluation.held_out import shuffle_words
+from sunfish_jax.generation.generator import Constraint, Settings, generate, sample_keys
+
+LONGEST_GAP = 4
+# Given tokens between two gaps.
+_FEWEST_BETWEEN, _MOST_BETWEEN = 8, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class InfillAccuracy:
+    """Share of the tokens in gaps that are filled with the token that stood there.
+
+    Attributes:
+        true: With the text around the gaps.
+        shuffled: With that text's tokens in random order.
+        standard_error: Of `true - shuffled`, over the rows.
+        num_tokens: Tokens in gaps.
+    """
+
+    true: float
+    shuffled: float
+    standard_error: float
+    num_tokens: int
+
+
+def infill_accuracy(
+    model: nn.Module,
+    params: Mapping,
+    schedule: Schedule,
+    rows: Sequence[Batch],
+    settings: Settings,
+    *,
+    seed: int = 0,
+) -> InfillAccuracy:
+    """Fills gaps of 1 to 4 tokens in held-out rows, without a prompt.
+
+    Both times the same gaps are filled from the same noise: any difference comes from what the model reads in
+    the order of the words around them.
+
+    Args:
+        model, params, schedule: As for `generate`.
+        rows: Held-out batches with A = 1.
+        settings: How to sample.
+        seed: Of the gaps, the shuffling and the noise.
+    """
+    counts = []
+    for i, batch in enumerate(rows):
+        batch = jax.tree.map(lambda leaf: np.asarray(leaf[0]), batch)
+        gaps = choose_gaps(batch.padding_mask, np.random.default_rng((seed, i)))
+        known = batch.padding_mask & ~gaps
+        prompt = batch.prompt.replace(mask=np.zeros_like(batch.prompt.mask))
+        keys = sample_keys(seed, i << 16 | np.arange(len(gaps)))
+        right = []
+        for given in (batch.tokens, shuffle_words(batch.tokens, known, seed=i)):
+            constraint = Constraint(Known(given, known), np.zeros_like(given), np.ones((1, model.vocab_size), bool))
+            filled = generate(
+                model, params, schedule, prompt, keys, given.shape[1], settings, constraint=constraint
+            )
+            right.append(((filled == batch.tokens) & gaps).sum(axis=-1))
+        counts.append(np.stack([*right, gaps.sum(axis=-1)], axis=-1)[gaps.any(axis=-1)])
+    true, shuffled, total = np.concatenate(counts).astype(float).T
+    margin = (true - shuffled).sum() / total.sum()
+    # The standard error of a ratio of sums over independent rows, as in `bits_per_byte`.
+    deviation = true - shuffled - margin * total
+    n = len(total)
+    error = math.sqrt(np.sum(deviation**2) * n / (n - 1)) / total.sum() if n > 1 else math.nan
+    return InfillAccuracy(true.sum() / total.sum(), shuffled.sum() / total.sum(), error, int(total.sum()))
+
+
+def choose_gaps(padding_mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Gaps of 1 to 4 tokens with 8 to 16 given tokens between them: [B, S] bool, True in a gap.
+
+    The last real token, the end of text where the text ends in the row, is never in one.
+    """
+    gaps = np.zeros(padding_mask.shape, bool)
+    for row, length in zip(gaps, padding_mask.sum(axis=-1), strict=True):
+        start = int(rng.integers(1, _FEWEST_BETWEEN))
+        while start + LONGEST_GAP < length:
+            size = int(rng.integers(1, LONGEST_GAP + 1))
+            row[start : start + size] = True
+            start += size + int(rng.integers(_FEWEST_BETWEEN, _MOST_BETWEEN + 1))
+    return gaps
