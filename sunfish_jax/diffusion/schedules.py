@@ -177,6 +177,7 @@ def fit_schedule(
     optimizer: optax.GradientTransformation,
     gamma: jax.Array,
     cross_entropy: jax.Array,
+    weight: jax.Array,
 ) -> tuple[Schedule, optax.OptState]:
     """One step towards `entropy * cdf(gamma) = cross_entropy`; fixed schedules come back as they are.
 
@@ -186,6 +187,7 @@ def fit_schedule(
       optimizer: what takes the gradient step on the mean squared error.
       gamma: [n] noise levels of the step's rows.
       cross_entropy: [n] measured mean cross-entropy of each row, in nats per token.
+      weight: [n] how much each row counts; 0 leaves it out.
 
     Returns:
       The schedule after the step, within `MU_RANGE`, `BETA_RANGE` and `ENTROPY_RANGE`, and the new state.
@@ -198,7 +200,8 @@ def fit_schedule(
     target = jax.lax.stop_gradient(jnp.clip(cross_entropy, 0.0, ceiling))
 
     def mean_squared_error(candidate: GumbelSchedule) -> jax.Array:
-        return jnp.mean((candidate.predicted_cross_entropy(gamma) - target) ** 2)
+        errors = candidate.predicted_cross_entropy(gamma) - target
+        return jnp.sum(weight * errors**2) / jnp.maximum(jnp.sum(weight), 1e-6)
 
     gradient = jax.grad(mean_squared_error)(schedule)
     updates, opt_state = optimizer.update(gradient, opt_state, schedule)

@@ -103,15 +103,13 @@ def test_fitting_recovers_the_curve_that_cross_entropy_follows():
 
 
 @pytest.mark.parametrize("measured", [0.0, 1e6])
-def test_fitting_stays_within_bounds_whatever_is_measured(measured):
-    optimizer = optax.adam(0.1)
+def test_fitting_stays_within_bounds_however_far_a_step_goes(measured):
+    optimizer = optax.sgd(1e6)
     schedule = all_schedules()["gumbel"]
     gamma = jnp.linspace(-2.0, 8.0, 16)
-
-    def step(carry, _):
-        return schedules.fit_schedule(*carry, optimizer, gamma, jnp.full(16, measured), jnp.ones(16)), None
-
-    (fitted, _), _ = jax.lax.scan(step, (schedule, optimizer.init(schedule)), length=2000)
+    fitted, _ = schedules.fit_schedule(
+        schedule, optimizer.init(schedule), optimizer, gamma, jnp.full(16, measured), jnp.ones(16)
+    )
     slack = 1e-4
     assert schedules.MU_RANGE[0] - slack <= fitted.mu <= schedules.MU_RANGE[1] + slack
     low, high = schedules.BETA_RANGE
