@@ -200,6 +200,6 @@ def make_model(config: ConfigDict, vocab_size: int, prompt_encoder) -> TextDenoi
         vocab_size=vocab_size,
         dtype=dtype,
         prompt_dim=prompt_encoder.output_dim,
-        prompt_module=None if prompt_encoder.frozen else prompt_encoder.module,
+        prompt_module=None if prompt_encoder.frozen else prompt_encoder.module.clone(dtype=dtype),
         **fields,
     )

@@ -1,0 +1,163 @@
+"""Every fast path against its plain form: values and gradients, on random shapes, odd ones included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sunfish_jax.ops.attention import attention
+from sunfish_jax.ops.convolution import depthwise_convolution
+from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
+from sunfish_jax.ops.dense import dense, squared_relu_mlp
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+dtypes = st.sampled_from(sorted(TOLERANCE))
+sizes = st.integers(1, 40)
+few_examples = settings(max_examples=4, deadline=None)
+
+
+def plain_attention(q, k, v, mask):
+    scores = jnp.einsum("bhsd,bhtd->bhst", q, k) / np.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
+    return jnp.einsum("bhst,bhtd->bhsd", jax.nn.softmax(scores, axis=-1), v)
+
+
+def plain_cross_entropy(features, table, bias, targets):
+    log_probabilities = jax.nn.log_softmax(features @ table.T + bias)
+    return -jnp.take_along_axis(log_probabilities, targets[:, None], axis=-1)[:, 0]
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def assert_same_function(fast, plain, arguments, dtype):
+    """Compares fast at `dtype` with plain in float32, and the gradients of a random projection of both."""
+    tolerance = TOLERANCE[dtype]
+    low = [a.astype(dtype) for a in arguments]
+    # The plain form sees the same rounded inputs, so that only the operation's own rounding differs.
+    full = [a.astype(jnp.float32) for a in low]
+    got, want = fast(*low), plain(*full)
+    assert got.shape == want.shape
+    assert_close(got, want, tolerance)
+    cotangent = normal(np.random.default_rng(1), *want.shape)
+    which = tuple(range(len(arguments)))
+    got_gradients = jax.grad(lambda *a: jnp.vdot(fast(*a).astype(jnp.float32), cotangent), which)(*low)
+    want_gradients = jax.grad(lambda *a: jnp.vdot(plain(*a), cotangent), which)(*full)
+    for argument, got, want in zip(low, got_gradients, want_gradients, strict=True):
+        assert got.dtype == argument.dtype
+        assert_close(got, want, tolerance)
+
+
+def assert_close(got, want, tolerance):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert np.abs(got - want).max() <= tolerance * max(1.0, np.abs(want).max())
+
+
+@few_examples
+@given(n=sizes, k=sizes, m=sizes, dtype=dtypes, seed=st.integers(0, 99))
+def test_dense(n, k, m, dtype, seed):
+    rng = np.random.default_rng(seed)
+    arguments = normal(rng, n, k), normal(rng, k, m) / np.sqrt(k)
+    assert_same_function(dense, lambda x, w: x @ w, arguments, dtype)
+
+
+def test_dense_gradient_keeps_the_inputs_dtype():
+    x, kernel = jnp.ones((3, 5)), jnp.ones((5, 2), jnp.bfloat16)
+    d_x, d_kernel = jax.grad(lambda x, w: dense(x, w).sum(), (0, 1))(x, kernel)
+    assert d_x.dtype == jnp.float32
+    assert d_kernel.dtype == jnp.bfloat16
+
+
+@few_examples
+@given(n=sizes, k=sizes, m=sizes, dtype=dtypes, seed=st.integers(0, 99))
+def test_squared_relu_mlp(n, k, m, dtype, seed):
+    rng = np.random.default_rng(seed)
+    arguments = normal(rng, n, k), normal(rng, k, m) / np.sqrt(k), normal(rng, m, k) / np.sqrt(m)
+    assert_same_function(squared_relu_mlp, lambda x, a, b: jnp.square(jax.nn.relu(x @ a)) @ b, arguments, dtype)
+
+
+@few_examples
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    queries=sizes,
+    keys=sizes,
+    dim=st.integers(1, 16),
+    masked=st.booleans(),
+    dtype=dtypes,
+    seed=st.integers(0, 99),
+)
+def test_attention(batch, heads, queries, keys, dim, masked, dtype, seed):
+    rng = np.random.default_rng(seed)
+    mask = None
+    if masked:
+        mask = jnp.asarray(rng.random((batch, keys)) < 0.5).at[:, 0].set(True)
+    arguments = (
+        normal(rng, batch, heads, queries, dim),
+        normal(rng, batch, heads, keys, dim),
+        normal(rng, batch, heads, keys, dim),
+    )
+    assert_same_function(
+        lambda q, k, v: attention(q, k, v, mask),
+        lambda q, k, v: plain_attention(q, k, v, mask),
+        arguments,
+        dtype,
+    )
+
+
+def test_attention_does_not_read_masked_keys():
+    rng = np.random.default_rng(0)
+    q, k, v = (normal(rng, 2, 2, 5, 4) for _ in range(3))
+    mask = jnp.asarray([[True, True, False, True, False]] * 2)
+    changed = attention(q, k.at[:, :, 2].set(9.0), v.at[:, :, 4].set(-9.0), mask)
+    np.testing.assert_array_equal(changed, attention(q, k, v, mask))
+
+
+@few_examples
+@given(n=sizes, dim=sizes, vocab=st.integers(2, 60), dtype=dtypes, seed=st.integers(0, 99))
+def test_cross_entropy(n, dim, vocab, dtype, seed):
+    rng = np.random.default_rng(seed)
+    targets = jnp.asarray(rng.integers(0, vocab, n), jnp.int32)
+    bias = normal(rng, vocab)
+    arguments = normal(rng, n, dim), normal(rng, vocab, dim) / np.sqrt(dim)
+    assert_same_function(
+        lambda f, e: cross_entropy(f, e, bias, targets),
+        lambda f, e: plain_cross_entropy(f, e, bias, targets),
+        arguments,
+        dtype,
+    )
+
+
+def test_cross_entropy_is_finite_at_large_logits():
+    features = 1000.0 * jnp.eye(4)
+    losses = cross_entropy(features, jnp.eye(4), jnp.zeros(4), jnp.asarray([0, 1, 2, 0]))
+    np.testing.assert_allclose(losses, [0.0, 0.0, 0.0, 1000.0], atol=1e-4)
+
+
+@few_examples
+@given(n=sizes, dim=sizes, vocab=st.integers(2, 60), dtype=dtypes, seed=st.integers(0, 99))
+def test_expected_embedding(n, dim, vocab, dtype, seed):
+    rng = np.random.default_rng(seed)
+    features, table, bias = normal(rng, n, dim), normal(rng, vocab, dim), normal(rng, vocab)
+    table = table.astype(dtype)
+    got = expected_embedding(token_logits(features, table, bias), table)
+    table, features = table.astype(jnp.float32), features.astype(dtype).astype(jnp.float32)
+    assert_close(got, jax.nn.softmax(features @ table.T + bias) @ table, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_depthwise_convolution(length, width):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, length, 3)), rng.normal(size=(width, 3))
+    want = np.zeros_like(x)
+    for s in range(length):
+        for j in range(width):
+            if 0 <= s + j - width // 2 < length:
+                want[:, s] += kernel[j] * x[:, s + j - width // 2]
+    got = depthwise_convolution(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    np.testing.assert_allclose(got, want, atol=1e-5)
