@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sunfish_jax.errors import UserError
@@ -150,6 +150,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(error)
     except Exception as error:
         fail(config_error(argv, error))
+    if FLAGS["verbosity"].using_default_value:
+        # Or else absl raises it, and the libraries' accounts of what they do fill the terminal.
+        FLAGS.verbosity = logging.WARNING
     return arguments
 
 
