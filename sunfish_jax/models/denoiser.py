@@ -141,8 +141,11 @@ class TextDenoiser(nn.Module):
                 row_seeds,
             )
         h = rms_norm(x, scales[-1]).reshape(batch * length, self.width)
-        correction = dense(h, self.head_kernel.astype(self.dtype)).reshape(batch, length, dim)
-        return correction + prior
+        return self.head(h).reshape(batch, length, dim) + prior
+
+    def head(self, h: jax.Array) -> jax.Array:
+        """The network's correction of the single-token posterior: [N, W] -> [N, D]."""
+        return dense(h, self.head_kernel.astype(self.dtype))
 
     def _single_token_mean(self, prior: jax.Array) -> jax.Array:
         """E[e | z] for each token by itself, with the tokens' frequencies as prior; no gradient flows.

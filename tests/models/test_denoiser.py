@@ -1,0 +1,159 @@
+"""What the denoiser may depend on, and what it is before training."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sunfish_jax.diffusion.process import posterior_scale
+from sunfish_jax.models.denoiser import TextDenoiser
+from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.training.state import init_params
+
+ROWS, LENGTH, PROMPT_LENGTH = 3, 12, 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TextDenoiser(
+        vocab_size=50,
+        num_layers=2,
+        num_heads=2,
+        width=32,
+        embedding_dim=16,
+        mlp_ratio=2,
+        conditioning_dim=16,
+        conv_width=5,
+        dropout=0.1,
+        dtype=jnp.dtype("float32"),
+        remat=False,
+        prompt_dim=24,
+    )
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    """Parameters away from their initial zeros, as after some training."""
+    params = init_params(model, jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return {"params": jax.tree.unflatten(structure, leaves)}
+
+
+@pytest.fixture(scope="module")
+def inputs(model):
+    rng = np.random.default_rng(0)
+    z, x_hat = (jnp.asarray(rng.normal(size=(ROWS, LENGTH, model.embedding_dim)), jnp.float32) for _ in range(2))
+    gamma = jnp.asarray([-1.0, 1.0, 3.0])
+    return z, gamma, x_hat, jnp.zeros((ROWS, LENGTH), bool)
+
+
+def prompt_of(seed, mask=None):
+    states = np.random.default_rng(seed).normal(size=(ROWS, PROMPT_LENGTH, 24)).astype(np.float16)
+    return Prompt(inputs=states, mask=np.ones((ROWS, PROMPT_LENGTH), bool) if mask is None else mask)
+
+
+def logits(model, variables, inputs, prompt):
+    keys_values = model.apply(variables, prompt, method="encode_prompt")
+    return model.apply(variables, *inputs, keys_values, method="logits")
+
+
+def test_untrained_logits_are_the_single_token_posterior(model, inputs):
+    params = init_params(model, jax.random.key(0))
+    params["log_unigram"] = jnp.linspace(-3.0, 0.0, model.vocab_size)
+    z, gamma, *_ = inputs
+    table = model.apply({"params": params}, method="embedding_table")
+    expected = posterior_scale(gamma)[:, None, None] * (z @ table.T) + params["log_unigram"]
+    np.testing.assert_allclose(logits(model, {"params": params}, inputs, prompt_of(0)), expected, atol=1e-4)
+
+
+def test_embeddings_have_norm_sqrt_dim(model, variables):
+    table = model.apply(variables, method="embedding_table")
+    np.testing.assert_allclose(jnp.linalg.norm(table, axis=-1), 4.0, rtol=1e-5)
+
+
+def test_rows_do_not_see_each_other(model, variables, inputs):
+    before = logits(model, variables, inputs, prompt_of(0))
+    z, gamma, x_hat, known = inputs
+    other = prompt_of(0)
+    other.inputs[1] = 3.0
+    changed = (z.at[1].add(1.0), gamma.at[1].add(1.0), x_hat.at[1].add(1.0), known.at[1].set(True))
+    after = logits(model, variables, changed, other)
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_array_equal(before[2], after[2])
+    assert np.abs(before[1] - after[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_every_input_matters_at_every_position(model, variables, inputs, index):
+    changed = list(inputs)
+    changed[index] = ~inputs[3] if index == 3 else inputs[index] + 0.5
+    difference = logits(model, variables, inputs, prompt_of(0)) - logits(model, variables, changed, prompt_of(0))
+    assert np.abs(difference).max(axis=-1).min() > 1e-4
+
+
+def test_both_neighbours_matter(model, variables, inputs):
+    z = inputs[0]
+    before = logits(model, variables, inputs, prompt_of(0))
+    for position in (0, LENGTH - 1):
+        after = logits(model, variables, (z.at[:, position].add(1.0), *inputs[1:]), prompt_of(0))
+        assert np.abs(after - before)[:, LENGTH // 2].max() > 1e-4
+
+
+def test_the_prompt_is_read_through_its_mask_alone(model, variables, inputs):
+    mask = np.ones((ROWS, PROMPT_LENGTH), bool)
+    mask[:, 3:] = False
+    prompt = prompt_of(0, mask)
+    before = logits(model, variables, inputs, prompt)
+    hidden = Prompt(inputs=np.where(mask[..., None], prompt.inputs, np.float16(7.0)), mask=mask)
+    np.testing.assert_array_equal(before, logits(model, variables, inputs, hidden))
+    assert np.abs(before - logits(model, variables, inputs, prompt_of(1, mask))).max() > 1e-3
+
+
+def test_a_prompt_may_come_with_more_padding(model, variables, inputs):
+    prompt = prompt_of(0)
+    wider = Prompt(
+        inputs=np.pad(prompt.inputs, ((0, 0), (0, 3), (0, 0))), mask=np.pad(prompt.mask, ((0, 0), (0, 3)))
+    )
+    np.testing.assert_allclose(
+        logits(model, variables, inputs, prompt), logits(model, variables, inputs, wider), atol=1e-4
+    )
+
+
+def test_no_prompt_is_the_null_prompt_whatever_the_states_are(model, variables, inputs):
+    none = np.zeros((ROWS, PROMPT_LENGTH), bool)
+    first = logits(model, variables, inputs, prompt_of(0, none))
+    np.testing.assert_array_equal(first, logits(model, variables, inputs, prompt_of(1, none)))
+    assert np.isfinite(first).all()
+    changed = {"params": variables["params"] | {"null_prompt": -variables["params"]["null_prompt"]}}
+    assert np.abs(first - logits(model, changed, inputs, prompt_of(0, none))).max() > 1e-3
+
+
+def test_cross_entropy_is_that_of_the_logits(model, variables, inputs):
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, model.vocab_size, (ROWS, LENGTH)))
+    keys_values = model.apply(variables, prompt_of(0), method="encode_prompt")
+    losses = model.apply(variables, tokens, *inputs, keys_values, method="cross_entropy")
+    log_probabilities = jax.nn.log_softmax(model.apply(variables, *inputs, keys_values, method="logits"))
+    expected = -jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
+
+
+def test_rematerialisation_changes_no_gradient(model, variables, inputs):
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
+    row_seeds = jnp.arange(ROWS, dtype=jnp.uint32)
+
+    def gradient(remat):
+        chosen = dataclasses.replace(model, remat=remat)
+
+        def loss(variables):
+            keys_values = chosen.apply(variables, prompt_of(0), method="encode_prompt")
+            losses = chosen.apply(variables, tokens, *inputs, keys_values, row_seeds, method="cross_entropy")
+            return losses.sum()
+
+        return jax.grad(loss)(variables)
+
+    for plain, again in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
+        np.testing.assert_allclose(plain, again, atol=1e-4 * max(1.0, float(jnp.abs(plain).max())))
