@@ -183,8 +183,8 @@ def test_the_second_estimate_is_the_one_that_is_scored():
     "schedule",
     [
         SCHEDULE,
-        # More than half of it lies beyond the bound's range.
-        schedules.GumbelSchedule(jnp.float32(8.0), jnp.float32(0.0), jnp.float32(0.0)),
+        # Most of it lies below the range: what is left must be scaled up to a density.
+        schedules.GumbelSchedule(jnp.float32(-4.0), jnp.float32(0.0), jnp.float32(0.0)),
         schedules.make_schedule("sqrt", DIM, VOCAB),
     ],
     ids=["gumbel", "cut", "sqrt"],
