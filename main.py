@@ -65,6 +65,10 @@ def train(workdir: Path) -> None:
     if config is None:
         raise UserError(NO_CONFIG)
     validate_config(config, runpy.run_path(str(ROOT / "configs/default.py"))["get_config"]())
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made a folder: {error.strerror}; name another") from None
     prepare_process(config.train.num_devices)
     from sunfish_jax.training import loop
 

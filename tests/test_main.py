@@ -65,6 +65,7 @@ WRONG_ARGUMENTS = [
     ([NANO, "--config.model=5"], ["--config.model=5"]),
     ([NANO, "--config.model.num_heads=7"], ["num_heads=7", "width=64"]),
     ([NANO, "--config.logging.sample_prompts=(1, 2)"], ["sample_prompts"]),
+    ([NANO, "--workdir=blank.txt"], ["--workdir=blank.txt cannot be made a folder"]),
     ([NANO, "--num_steps=3"], ["--num_steps means nothing with --mode=train"]),
     (["--mode=sample", NANO], ["--config means nothing with --mode=sample"]),
     (["--mode=sample", "--text=a [MASK]"], ["--text means nothing with --mode=sample"]),
