@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from clu import asynclib, parameter_overview
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch, batch_iterator
@@ -23,11 +23,11 @@ from sunfish_jax.training.preparation import (
     begin_workdir,
     check_workdir,
     prepare_run,
-    replicated,
 )
 from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
+from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
-from sunfish_jax.training.step import DATA_AXIS, make_train_step
+from sunfish_jax.training.step import make_train_step
 from sunfish_jax.training.watching import HELD_OUT_MEAN, Evaluate, Sample, Stopped, make_evaluate, make_sample
 from sunfish_jax.training.writers import make_writer, metric_writers
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     prepared = prepare_run(config, workdir, tokenizer_path)
     batches = prepared.training_batches(config)
     token_counts = prepared.token_counts()
-    mesh = jax.make_mesh((config.train.num_devices,), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(config.train.num_devices)
     with Checkpoints(workdir, config.checkpoint) as checkpoints, contextlib.ExitStack() as stack:
         state = _first_state(config, workdir, prepared, token_counts, mesh, checkpoints, first_step)
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
@@ -108,21 +108,27 @@ def _first_state(
     checkpoints: Checkpoints,
     first_step: int | None,
 ) -> TrainState:
-    """The state to go on from, whole on every device; only from here on is the workdir written to."""
+    """The state to go on from, laid out over the mesh; only from here on is the workdir written to."""
 
     def create() -> TrainState:
         return create_state(config, prepared.model, token_counts)
 
-    abstract = replicated(mesh, jax.eval_shape(create))
+    shapes = jax.eval_shape(create)
+    shardings = state_shardings(shapes, mesh)
     if first_step is not None:
         check_workdir(workdir, prepared)
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
         state = checkpoints.restore(abstract, first_step)
         changes = record_config(workdir, config, first_step)
         print(f"resuming {config.logging.name} in {workdir} from step {first_step}")
         for key, (old, new) in changes.items():
             print(f"  {key} was {old!r} and is {new!r} from here on")
         return state
-    state = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    state = jax.jit(create, out_shardings=shardings)()
     if config.train.init_from:
         state, origin = init_state(state, config)
         print(f"starting from the weights of {origin.workdir}, step {origin.step}")

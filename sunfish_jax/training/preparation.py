@@ -4,9 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
@@ -124,9 +122,3 @@ def check_workdir(workdir: Path, prepared: Prepared):
             f"the {' and the '.join(changed)} changed since the run in --workdir={workdir} began: put back what "
             f"was there, or start a new run in another workdir with --config.train.init_from={workdir}"
         )
-
-
-def replicated(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Abstract arrays like those of `tree`, whole on every device."""
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
