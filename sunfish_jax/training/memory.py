@@ -1,0 +1,104 @@
+"""How much memory a training step needs on each device, from shapes alone: nothing is allocated."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.models.denoiser import TextDenoiser
+from sunfish_jax.models.prompt import Prompt, round_up
+from sunfish_jax.training.sharding import batch_sharding, state_shardings
+from sunfish_jax.training.state import create_state
+from sunfish_jax.training.step import compute_params, make_train_step, microbatch_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes that one device holds while it takes a training step.
+
+    Attributes:
+      state: its share of parameters, averages and moments.
+      parameters: the whole parameters in the compute dtype, read by the forward and backward passes.
+      gradients: the whole accumulated gradients, float32.
+      activations: what one microbatch's forward pass keeps for its backward pass.
+    """
+
+    state: int
+    parameters: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Their sum: temporaries within a layer come on top."""
+        return self.state + self.parameters + self.gradients + self.activations
+
+
+def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemory:
+    """Traces the whole sharded train step for rows of `block_size` and adds up what a device must hold.
+
+    Args:
+      config: the whole configuration.
+      model: the denoiser.
+      mesh: from `make_mesh`; its devices need not be able to hold the model.
+    """
+    state = jax.eval_shape(lambda: create_state(config, model))
+    batch = abstract_batch(config, model)
+    jax.eval_shape(make_train_step(config, model, mesh), state, batch)
+
+    shardings = state_shardings(state, mesh)
+    state_bytes = sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * _item_size(leaf)
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+    )
+    narrow = jax.eval_shape(lambda params: compute_params(params, model.dtype), state.params)
+
+    def kept(params, rows):
+        gamma = jnp.zeros(rows.tokens.shape[0])
+        keys = jax.random.split(jax.random.key(0), 3)
+        return jax.vjp(
+            lambda p: microbatch_loss(model, p, config.diffusion, rows, gamma, keys, 0, 1.0), params, has_aux=True
+        )[1]
+
+    rows = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(batch_sharding(mesh).shard_shape(leaf.shape)[1:], leaf.dtype), batch
+    )
+    # The backward pass is itself a pytree; its leaves are the arrays it keeps. The parameters among them are
+    # counted apart.
+    activations = tree_bytes(jax.eval_shape(kept, narrow, rows)) - tree_bytes(narrow)
+    return StepMemory(
+        state=state_bytes,
+        parameters=tree_bytes(narrow),
+        gradients=sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)),
+        activations=max(0, activations),
+    )
+
+
+def abstract_batch(config: ConfigDict, model: TextDenoiser) -> Batch:
+    """The shapes of a batch with rows of `block_size` and the longest prompts."""
+    shape = (config.train.accumulate_steps, config.train.batch_size, config.model.block_size)
+    prompt_shape = (*shape[:2], round_up(config.prompt_encoder.max_length))
+    if model.prompt_module is None:
+        inputs = jax.ShapeDtypeStruct((*prompt_shape, model.prompt_dim), jnp.float16)
+    else:
+        inputs = jax.ShapeDtypeStruct(prompt_shape, jnp.int32)
+    return Batch(
+        tokens=jax.ShapeDtypeStruct(shape, jnp.int32),
+        padding_mask=jax.ShapeDtypeStruct(shape, bool),
+        known_mask=jax.ShapeDtypeStruct(shape, bool),
+        prompt=Prompt(inputs=inputs, mask=jax.ShapeDtypeStruct(prompt_shape, bool)),
+    )
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of all arrays of a pytree of arrays or shapes."""
+    return sum(leaf.size * _item_size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _item_size(leaf) -> int:
+    # A typed random key is two 32-bit words.
+    return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
