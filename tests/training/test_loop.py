@@ -1,0 +1,188 @@
+"""The loop around the step: when things happen, what is reported, and how it ends."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from sunfish_jax.errors import UserError
+from sunfish_jax.training.loop import CompiledStep, Loop
+from sunfish_jax.training.progress import Progress, load_totals
+from sunfish_jax.training.watching import HELD_OUT_MEAN, Stopped
+
+
+def batch(length=8, real=5):
+    mask = np.arange(length) < real
+    return types.SimpleNamespace(tokens=np.zeros((1, 1, length)), padding_mask=mask[None, None])
+
+
+class FakeStep:
+    """Counts steps as a state; `losses[i]` is the loss of step i + 1."""
+
+    def __init__(self, losses=None, after=None):
+        self.losses, self.after = losses or {}, after or {}
+
+    def compile(self, state, batch):
+        return 0.0
+
+    def __call__(self, state, batch):
+        state += 1
+        self.after.get(state, lambda: None)()
+        return state, {"loss": self.losses.get(state, 2.0), "grad_norm": 1.0, "schedule/mu": 0.5}
+
+
+class Recorder:
+    """Checkpoints, writer and stop request in one, which remember what happened."""
+
+    def __init__(self, on_evaluate=None, on_sample=None):
+        self.saved, self.scalars, self.texts, self.flushed = {}, {}, {}, 0
+        self.asked, self.on_evaluate, self.on_sample = False, on_evaluate, on_sample
+
+    def __bool__(self):
+        return self.asked
+
+    def ask(self):
+        self.asked = True
+
+    def save(self, step, state, metrics):
+        assert step == state
+        self.saved.setdefault(step, metrics)  # as the real one: a step that is there stays as it is
+
+    def latest_step(self):
+        return max(self.saved, default=None)
+
+    def write_scalars(self, step, scalars):
+        assert self.scalars.setdefault(step, {}).keys().isdisjoint(scalars), "written twice"
+        self.scalars[step] |= scalars
+
+    def write_texts(self, step, texts):
+        self.texts[step] = texts
+
+    def flush(self):
+        self.flushed += 1
+
+    def evaluate(self, state):
+        if self.on_evaluate:
+            self.on_evaluate(self)
+        return {HELD_OUT_MEAN: 3.0 + state, "context/gain": 0.25}
+
+    def sample(self, state):
+        if self.on_sample:
+            self.on_sample(self)
+        return {"a dog": f"text of\nstep {state}"}
+
+
+def make_loop(tmp_path, recorder, num_steps=10, first_step=0):
+    config = ConfigDict(
+        {
+            "eval": {"every_steps": 4},
+            "checkpoint": {"every_steps": 4},
+            "logging": {"every_steps": 5, "sample_every_steps": 3},
+        }
+    )
+    return Loop(
+        config=config,
+        workdir=tmp_path,
+        checkpoints=recorder,
+        writer=recorder,
+        stop=recorder,
+        evaluate=recorder.evaluate,
+        sample=recorder.sample,
+        progress=Progress(num_steps, first_step),
+        steps_per_epoch=4,
+    )
+
+
+def endless(**kinds):
+    while True:
+        yield batch(**kinds)
+
+
+def test_everything_happens_at_its_steps_and_at_the_last(tmp_path, capsys):
+    recorder = Recorder()
+    losses = {step: float(step) for step in range(1, 11)}
+    state = make_loop(tmp_path, recorder).run(0, FakeStep(losses), endless())
+    assert state == 10
+    # The checkpoints have the held-out loss of their step: "best" is chosen by it.
+    assert recorder.saved == {4: {"held_out": 7.0}, 8: {"held_out": 11.0}, 10: {"held_out": 13.0}}
+    assert list(recorder.texts) == [3, 6, 9, 10]
+    assert recorder.texts[3] == {"samples/a dog": "text of\nstep 3"}
+    assert [step for step, figures in recorder.scalars.items() if "context/gain" in figures] == [4, 8, 10]
+    curve = {s: f["train/loss"] for s, f in recorder.scalars.items() if "train/loss" in f}
+    # Each point is the mean of the steps since the one before. The first step is shown at once.
+    assert curve == {1: 1.0, 5: np.mean([2, 3, 4, 5]), 10: np.mean([6, 7, 8, 9, 10])}
+    last = recorder.scalars[10]
+    assert last["schedule/mu"] == 0.5 and last["train/grad_norm"] == 1.0
+    assert last["train/real_tokens"] == 50 and last["train/epoch"] == 2.5  # 5 real tokens in each batch of 8
+    out = capsys.readouterr().out
+    assert "step  5/10  loss 3.5000" in out and "held-out cross-entropy at step 4: mean 7.000" in out
+    assert "[a dog] text of step 3" in out and "trained to step 10" in out
+    assert recorder.flushed == 3
+
+
+def test_stop_finishes_the_step_saves_it_and_says_how_to_resume(tmp_path, capsys):
+    recorder = Recorder()
+    state = make_loop(tmp_path, recorder).run(0, FakeStep(after={6: recorder.ask}), endless())
+    assert state == 6 and list(recorder.saved) == [4, 6]
+    assert list(recorder.texts) == [3]  # not at step 6: whoever stops a run waits for it to end
+    assert "stopped at step 6 of 10" in capsys.readouterr().out
+    assert load_totals(tmp_path, 6, 10).real_tokens == 30
+
+
+def test_stop_during_an_evaluation_gives_it_up_and_saves(tmp_path):
+    def stop_now(recorder):
+        recorder.ask()
+        raise Stopped
+
+    recorder = Recorder(on_evaluate=stop_now)
+    assert make_loop(tmp_path, recorder).run(0, FakeStep(), endless()) == 4
+    assert recorder.saved == {4: None}
+    assert HELD_OUT_MEAN not in recorder.scalars.get(4, {})
+
+
+def test_stop_while_sampling_saves_the_step(tmp_path):
+    recorder = Recorder(on_sample=Recorder.ask)
+    assert make_loop(tmp_path, recorder).run(0, FakeStep(), endless()) == 3
+    assert list(recorder.saved) == [3]
+
+
+def test_stop_before_the_first_step_saves_nothing(tmp_path):
+    recorder = Recorder()
+    recorder.ask()
+    assert make_loop(tmp_path, recorder, first_step=4).run(4, FakeStep(), endless()) == 4
+    assert not recorder.saved
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_loss_names_the_step_and_saves_nothing_more(tmp_path, value):
+    recorder = Recorder()
+    with pytest.raises(UserError, match=r"not finite at step 8 \(loss=(nan|inf)\); the checkpoint of step 4"):
+        # 8 is a step at which a checkpoint is due.
+        make_loop(tmp_path, recorder).run(0, FakeStep({8: value}), endless())
+    assert list(recorder.saved) == [4]
+
+
+def test_step_is_compiled_once_for_each_row_length(capsys):
+    lowered = []
+
+    @dataclasses.dataclass
+    class Lowered:
+        length: int
+
+        def compile(self):
+            return lambda state, batch: (state + self.length, {"loss": np.float32(1.5)})
+
+    class Jitted:
+        def lower(self, state, batch):
+            lowered.append(batch.tokens.shape[-1])
+            return Lowered(lowered[-1])
+
+    step, state = CompiledStep(Jitted()), 0
+    for length in (8, 16, 8, 16, 8):
+        seconds = step.compile(state, batch(length))
+        assert (seconds > 0) == (state < 24)
+        state, metrics = step(state, batch(length))
+    assert lowered == [8, 16] and state == 56 and metrics == {"loss": 1.5}
+    assert capsys.readouterr().out.count("compiled the step") == 2
