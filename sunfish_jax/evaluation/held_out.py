@@ -5,7 +5,7 @@ the model is. These figures are: the noise levels, the rows and the noise never 
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ _NOISE_SEED = 0x5EED
 # Self-conditioning and context use are measured on every fourth batch, which is enough for differences of
 # paired figures and keeps the evaluation during training to about twice one pass over the rows.
 _DETAIL_EVERY = 4
+_FIGURES = ("all", "true", "self_conditioned", "shuffled", "none")
 
 
 def held_out_cross_entropy(
-    model: nn.Module, params: Mapping, rows: Sequence[Batch], *, log_unigram: np.ndarray | None = None
+    model: nn.Module, params: Mapping, rows: Iterable[Batch], *, log_unigram: np.ndarray | None = None
 ) -> dict[str, float]:
     """Cross-entropy of the clean token, in nats a token, at each level of the fixed noise grid.
 
@@ -50,45 +51,52 @@ def held_out_cross_entropy(
         of shuffled less true.
     """
     table = _embedding_table(model, params)
-    levels = process.HELD_OUT_SNRS
-    names = ("all", "detail", "self", "shuffled", "none")
-    sums = {name: np.zeros(len(levels)) for name in names}
-    counts = {name: 0 for name in names}
-    noise_key = jax.random.key(_NOISE_SEED)
+    sums = {name: np.zeros(len(process.HELD_OUT_SNRS)) for name in _FIGURES}
+    counts = dict.fromkeys(("all", "true"), 0)
     for i, batch in enumerate(rows):
         batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        prompt_kv = _encode_prompt(model, params, batch.prompt)
-        real = int(np.sum(batch.padding_mask))
         detail = i % _DETAIL_EVERY == 0
+        for name, values in _batch_sums(model, params, table, batch, i, detail, log_unigram).items():
+            sums[name] += values
+        real = int(np.sum(batch.padding_mask))
         counts["all"] += real
-        counts["detail"] += real * detail
-        shuffled = shuffle_words(batch.tokens, batch.padding_mask, seed=i) if detail else None
-        for j, snr in enumerate(levels):
-            gamma = jnp.float32(process.gamma_of_snr(snr, table.shape[-1]))
-            key = jax.random.fold_in(jax.random.fold_in(noise_key, i), j)
-            score = functools.partial(_cross_entropy, model, params)
-            total = score(batch.tokens, batch.padding_mask, prompt_kv, gamma, key, False)
-            sums["all"][j] += total
-            if detail:
-                sums["detail"][j] += total
-                sums["self"][j] += score(batch.tokens, batch.padding_mask, prompt_kv, gamma, key, True)
-                sums["shuffled"][j] += score(shuffled, batch.padding_mask, prompt_kv, gamma, key, False)
-                if log_unigram is not None:
-                    sums["none"][j] += _without_context(
-                        table, batch.tokens, batch.padding_mask, gamma, key, log_unigram
-                    )
+        counts["true"] += real * detail
     mean = sums.pop("all") / max(counts["all"], 1)
-    true, self_conditioned, shuffled, none = (
-        sums[name] / max(counts["detail"], 1) for name in ("detail", "self", "shuffled", "none")
-    )
-    figures = {"held_out/mean": mean.mean()}
-    figures |= {f"held_out/rho_{snr:g}": value for snr, value in zip(levels, mean, strict=True)}
-    figures["held_out/self_conditioning_gain"] = (true - self_conditioned).mean()
-    columns = {"true": true, "shuffled": shuffled} | ({} if log_unigram is None else {"none": none})
-    for name, values in columns.items():
-        figures |= {f"context/{name}_{snr:g}": value for snr, value in zip(levels, values, strict=True)}
-    figures["context/gain"] = (shuffled - true).mean()
+    columns = {name: values / max(counts["true"], 1) for name, values in sums.items()}
+    gain = columns["true"] - columns.pop("self_conditioned")
+    figures = {"held_out/mean": mean.mean(), "held_out/self_conditioning_gain": gain.mean()}
+    figures["context/gain"] = (columns["shuffled"] - columns["true"]).mean()
+    if log_unigram is None:
+        del columns["none"]
+    named = {"held_out/rho": mean} | {f"context/{name}": values for name, values in columns.items()}
+    for name, values in named.items():
+        figures |= {f"{name}_{snr:g}": value for snr, value in zip(process.HELD_OUT_SNRS, values, strict=True)}
     return {name: float(value) for name, value in figures.items()}
+
+
+def _batch_sums(model, params, table, batch, number, detail, log_unigram) -> dict[str, np.ndarray]:
+    """Summed cross-entropy of a batch at each level, for those of `_FIGURES` that are asked for."""
+    tokens, mask = batch.tokens, batch.padding_mask
+    shuffled = shuffle_words(tokens, mask, seed=number)
+    prompt_kv = _encode_prompt(model, params, batch.prompt)
+    levels = []
+    for j, snr in enumerate(process.HELD_OUT_SNRS):
+        gamma = jnp.float32(process.gamma_of_snr(snr, table.shape[-1]))
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(_NOISE_SEED), number), j)
+        z, zeros = _diffused(table, tokens, gamma, key)
+        level = {"all": _cross_entropy(model, params, tokens, mask, z, zeros, gamma, prompt_kv)}
+        if detail:
+            estimate = _estimate(model, params, z, zeros, gamma, prompt_kv)
+            z_shuffled, _ = _diffused(table, shuffled, gamma, key)
+            level |= {
+                "true": level["all"],
+                "self_conditioned": _cross_entropy(model, params, tokens, mask, z, estimate, gamma, prompt_kv),
+                "shuffled": _cross_entropy(model, params, shuffled, mask, z_shuffled, zeros, gamma, prompt_kv),
+            }
+            if log_unigram is not None:
+                level["none"] = _without_context(table, tokens, mask, z, gamma, log_unigram)
+        levels.append(level)
+    return {name: np.array([level[name] for level in levels]) for name in levels[0]}
 
 
 def log_unigram(counts: np.ndarray) -> np.ndarray:
@@ -142,32 +150,31 @@ def _encode_prompt(model, params, prompt):
     return model.apply({"params": params}, prompt, method="encode_prompt")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7))
-def _cross_entropy(model, params, tokens, padding_mask, prompt_kv, gamma, key, self_conditioning):
+@jax.jit
+def _diffused(table, tokens, gamma, key):
+    """Noisy embeddings, and zeros of their shape."""
+    noise = jax.random.normal(key, (*tokens.shape, table.shape[-1]))
+    return process.diffuse(table[tokens], noise, gamma), jnp.zeros_like(noise)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _estimate(model, params, z, x_hat, gamma, prompt_kv):
+    """The model's first estimate of the clean embeddings."""
+    gamma, known = jnp.full(len(z), gamma), jnp.zeros(z.shape[:2], bool)
+    return model.apply({"params": params}, z, gamma, x_hat, known, prompt_kv, method="estimate")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cross_entropy(model, params, tokens, padding_mask, z, x_hat, gamma, prompt_kv):
     """Summed cross-entropy of the real tokens at one noise level, in nats."""
-    variables = {"params": params}
-    table = model.apply(variables, method="embedding_table")
-    gamma = jnp.full(tokens.shape[:1], gamma)
-    z = _diffuse(table, tokens, gamma, key)
-    given = (jnp.zeros(tokens.shape, bool), prompt_kv)
-    x_hat = jnp.zeros_like(z)
-    if self_conditioning:
-        x_hat = model.apply(variables, z, gamma, x_hat, *given, method="estimate")
-    losses = model.apply(variables, tokens, z, gamma, x_hat, *given, method="cross_entropy")
+    gamma, known = jnp.full(len(z), gamma), jnp.zeros(tokens.shape, bool)
+    losses = model.apply({"params": params}, tokens, z, gamma, x_hat, known, prompt_kv, method="cross_entropy")
     return jnp.sum(jnp.where(padding_mask, losses, 0.0))
 
 
 @jax.jit
-def _without_context(table, tokens, padding_mask, gamma, key, log_unigram):
+def _without_context(table, tokens, padding_mask, z, gamma, log_unigram):
     """The same for softmax(prior + log unigram), the exact posterior of a token seen alone."""
-    gamma = jnp.full(tokens.shape[:1], gamma)
-    z = _diffuse(table, tokens, gamma, key)
-    prior = process.posterior_scale(gamma)[:, None, None] * (z @ table.T)
-    log_probs = jax.nn.log_softmax(prior + log_unigram)
+    log_probs = jax.nn.log_softmax(process.posterior_scale(gamma) * (z @ table.T) + log_unigram)
     losses = -jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(padding_mask, losses, 0.0))
-
-
-def _diffuse(table, tokens, gamma, key):
-    noise = jax.random.normal(key, (*tokens.shape, table.shape[-1]))
-    return process.diffuse(table[tokens], noise, gamma)

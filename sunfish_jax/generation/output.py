@@ -36,6 +36,7 @@ def provenance(run: "Run", options: GenerationOptions, settings: "Settings") -> 
     return {
         "seed": options.seed,
         **dataclasses.asdict(settings),
+        "workdir": str(run.workdir),
         "checkpoint_step": run.step,
         "config_hash": hashlib.sha256(config.encode()).hexdigest()[:16],
         "prompt_encoder": run.prompt_encoder.identity,

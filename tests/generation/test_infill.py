@@ -19,6 +19,7 @@ def load(monkeypatch):
     """What `load_run` gives, without a workdir."""
     config = ConfigDict({"model": {"block_size": 48}, "sampling": {"max_gap": 4, **vars(SETTINGS)}})
     run = SimpleNamespace(
+        workdir="workdir",
         config=config,
         tokenizer=TOKENIZER,
         prompt_encoder=SimpleNamespace(identity="none"),
