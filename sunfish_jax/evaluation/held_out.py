@@ -77,7 +77,8 @@ def held_out_cross_entropy(
 def _batch_sums(model, params, table, batch, number, detail, log_unigram) -> dict[str, np.ndarray]:
     """Summed cross-entropy of a batch at each level, for those of `_FIGURES` that are asked for."""
     tokens, mask = batch.tokens, batch.padding_mask
-    shuffled = shuffle_words(tokens, mask, seed=number)
+    order = shuffled_order(mask, seed=number)
+    shuffled = np.take_along_axis(np.asarray(tokens), order, axis=1)
     prompt_kv = _encode_prompt(model, params, batch.prompt)
     levels = []
     for j, snr in enumerate(process.HELD_OUT_SNRS):
@@ -87,7 +88,8 @@ def _batch_sums(model, params, table, batch, number, detail, log_unigram) -> dic
         level = {"all": _cross_entropy(model, params, tokens, mask, z, zeros, gamma, prompt_kv)}
         if detail:
             estimate = _estimate(model, params, z, zeros, gamma, prompt_kv)
-            z_shuffled, _ = _diffused(table, shuffled, gamma, key)
+            # The noise goes with its token: what differs is the order alone.
+            z_shuffled = jnp.take_along_axis(z, order[..., None], axis=1)
             level |= {
                 "true": level["all"],
                 "self_conditioned": _cross_entropy(model, params, tokens, mask, z, estimate, gamma, prompt_kv),
@@ -105,17 +107,17 @@ def log_unigram(counts: np.ndarray) -> np.ndarray:
     return np.log(smoothed / smoothed.sum()).astype(np.float32)
 
 
-def shuffle_words(tokens: np.ndarray, padding_mask: np.ndarray, seed: int) -> np.ndarray:
-    """The same texts with their tokens in random order, [B, S].
+def shuffled_order(mask: np.ndarray, seed: int) -> np.ndarray:
+    """Each row's positions in random order, [B, S], where `mask` is True; the others stay in place.
 
-    Padding and each row's last real token (the end of text, where the text ends in the row) stay in place.
+    So does the last of them, which is the end of text where the text ends in the row.
     """
-    shuffled = np.array(tokens)
+    order = np.tile(np.arange(mask.shape[1]), (len(mask), 1))
     rng = np.random.default_rng(seed)
-    for row, mask in zip(shuffled, np.asarray(padding_mask), strict=True):
-        places = np.flatnonzero(mask)[:-1]
-        row[places] = rng.permutation(row[places])
-    return shuffled
+    for row, real in zip(order, np.asarray(mask), strict=True):
+        places = np.flatnonzero(real)[:-1]
+        row[places] = rng.permutation(places)
+    return order
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ import numpy as np
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.diffusion.schedules import Schedule
-from sunfish_jax.evaluation.held_out import shuffle_words
+from sunfish_jax.evaluation.held_out import shuffled_order
 from sunfish_jax.generation.generator import Constraint, Settings, generate, sample_keys
 
 LONGEST_GAP = 4
@@ -64,7 +64,8 @@ def infill_accuracy(
         prompt = batch.prompt.replace(mask=np.zeros_like(batch.prompt.mask))
         keys = sample_keys(seed, i << 16 | np.arange(len(gaps)))
         right = []
-        for given in (batch.tokens, shuffle_words(batch.tokens, known, seed=i)):
+        shuffled = np.take_along_axis(batch.tokens, shuffled_order(known, seed=i), axis=1)
+        for given in (batch.tokens, shuffled):
             constraint = Constraint(Known(given, known), np.zeros_like(given), np.ones((1, model.vocab_size), bool))
             filled = generate(
                 model, params, schedule, prompt, keys, given.shape[1], settings, constraint=constraint
