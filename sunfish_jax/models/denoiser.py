@@ -1,5 +1,7 @@
 """The denoiser: from noisy embeddings, their noise level and a prompt to logits over the vocabulary."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -62,8 +64,10 @@ class TextDenoiser(nn.Module):
         # before anything is seen of it.
         self.log_unigram = self.param("log_unigram", zeros, (self.vocab_size,))
         self.input_kernel = self.param(
-            "input_kernel", kernel_init(3 * self.embedding_dim), (3 * self.embedding_dim, width)
+            "input_kernel", kernel_init(2 * self.embedding_dim), (2 * self.embedding_dim, width)
         )
+        # Starts at zero, and stays there without self-conditioning: the network then ignores x_hat.
+        self.estimate_kernel = self.param("estimate_kernel", zeros, (self.embedding_dim, width))
         self.known_vector = self.param("known_vector", zeros, (width,))
         self.noise_level = NoiseLevelFeatures(self.conditioning_dim)
         # One product makes the scales of all norms: three a layer and the last one.
@@ -126,7 +130,8 @@ class TextDenoiser(nn.Module):
         context_free = self._single_token_mean(prior)
         context_free = jnp.where(known_mask[..., None], z, context_free)
         inputs = jnp.concatenate([z, context_free, x_hat], axis=-1).reshape(batch * length, 3 * dim)
-        x = dense(inputs, self.input_kernel.astype(self.dtype)).reshape(batch, length, self.width)
+        kernel = jnp.concatenate([self.input_kernel, self.estimate_kernel]).astype(self.dtype)
+        x = dense(inputs, kernel).reshape(batch, length, self.width)
         x = rms_norm(x + known_mask[..., None] * self.known_vector)
 
         scales = 1.0 + dense(self.noise_level(gamma), self.scales_kernel)
@@ -206,3 +211,16 @@ def make_model(config: ConfigDict, vocab_size: int, prompt_encoder) -> TextDenoi
         prompt_module=None if prompt_encoder.frozen else prompt_encoder.module.clone(dtype=dtype),
         **fields,
     )
+
+
+def init_params(model: TextDenoiser, key: jax.Array) -> Any:
+    """Fresh parameters; shapes do not depend on batch, row or prompt length."""
+    rows, length = 1, 8
+    if model.prompt_module is None:
+        inputs = jnp.zeros((rows, length, model.prompt_dim), jnp.float16)
+    else:
+        inputs = jnp.zeros((rows, length), jnp.int32)
+    prompt = Prompt(inputs=inputs, mask=jnp.ones((rows, length), bool))
+    tokens = jnp.zeros((rows, length), jnp.int32)
+    z = jnp.zeros((rows, length, model.embedding_dim))
+    return model.init(key, tokens, z, jnp.zeros((rows,)), z, tokens > 0, prompt)["params"]

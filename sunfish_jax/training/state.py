@@ -10,8 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
-from sunfish_jax.models.denoiser import TextDenoiser
-from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.models.denoiser import TextDenoiser, init_params
 
 
 @flax.struct.dataclass
@@ -75,19 +74,6 @@ def _is_embedding(path) -> bool:
 def make_schedule_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """What fits the learned noise schedule; `config` is the `diffusion` group."""
     return optax.adam(config.schedule_learning_rate)
-
-
-def init_params(model: TextDenoiser, key: jax.Array) -> Any:
-    """Fresh parameters; shapes do not depend on batch, row or prompt length."""
-    rows, length = 1, 8
-    if model.prompt_module is None:
-        inputs = jnp.zeros((rows, length, model.prompt_dim), jnp.float16)
-    else:
-        inputs = jnp.zeros((rows, length), jnp.int32)
-    prompt = Prompt(inputs=inputs, mask=jnp.ones((rows, length), bool))
-    tokens = jnp.zeros((rows, length), jnp.int32)
-    z = jnp.zeros((rows, length, model.embedding_dim))
-    return model.init(key, tokens, z, jnp.zeros((rows,)), z, tokens > 0, prompt)["params"]
 
 
 def create_state(config: ConfigDict, model: TextDenoiser, token_counts: np.ndarray | None = None) -> TrainState:

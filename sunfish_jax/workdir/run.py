@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from sunfish_jax.data.tokenizer import load_tokenizer, tokenizer_identity
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
 from sunfish_jax.errors import UserError
-from sunfish_jax.models.denoiser import TextDenoiser, make_model
+from sunfish_jax.models.denoiser import TextDenoiser, init_params, make_model
 from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
-from sunfish_jax.training.state import init_params
 from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import load_config
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from sunfish_jax.diffusion.process import posterior_scale
-from sunfish_jax.models.denoiser import TextDenoiser
+from sunfish_jax.models.denoiser import TextDenoiser, init_params
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.training.state import init_params
 
 ROWS, LENGTH, PROMPT_LENGTH = 3, 12, 5
 
@@ -157,3 +156,18 @@ def test_rematerialisation_changes_no_gradient(model, variables, inputs):
 
     for plain, again in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
         np.testing.assert_allclose(plain, again, atol=1e-4 * max(1.0, float(jnp.abs(plain).max())))
+
+
+def test_without_training_on_estimates_they_are_ignored(model, inputs):
+    params = init_params(model, jax.random.key(0))
+    # Everything but the estimates' own kernel moved from zero.
+    rng = np.random.default_rng(0)
+    moved = {
+        path: leaf if path[-1].key == "estimate_kernel" else leaf + 0.1 * rng.normal(size=leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    params = jax.tree.map_with_path(lambda path, _: moved[path].astype(jnp.float32), params)
+    z, gamma, x_hat, known = inputs
+    first = logits(model, {"params": params}, (z, gamma, x_hat, known), prompt_of(0))
+    second = logits(model, {"params": params}, (z, gamma, x_hat + 1.0, known), prompt_of(0))
+    np.testing.assert_array_equal(first, second)

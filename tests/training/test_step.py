@@ -1,0 +1,246 @@
+"""The training step: what it computes, and what it must not depend on."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.diffusion.loss import NoisyRows, first_estimate, self_conditioned_rows
+from sunfish_jax.models.denoiser import make_model
+from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.training.sharding import make_mesh, state_shardings
+from sunfish_jax.training.state import create_state, learning_rate_schedule
+from sunfish_jax.training.step import compute_params, ema_decay, make_train_step, microbatch_loss
+
+NANO = Path(__file__).parents[2] / "configs" / "nano.py"
+VOCAB, LENGTH, PROMPT_LENGTH = 60, 16, 4
+
+
+class FrozenEncoder:
+    """What `make_model` reads of a prompt encoder."""
+
+    frozen = True
+    output_dim = 24
+
+
+@pytest.fixture
+def config():
+    config = runpy.run_path(str(NANO))["get_config"]()
+    config.model.compute_dtype = "float32"
+    config.model.dropout = 0.1
+    config.model.num_layers = 1
+    config.optimizer.warmup_steps = 1
+    config.train.accumulate_steps = 2
+    config.train.batch_size = 4
+    return config
+
+
+def random_batch(accumulate=2, rows=4):
+    rng = np.random.default_rng(0)
+    shape = (accumulate, rows, LENGTH)
+    known = rng.random(shape) < 0.3
+    known[:, ::2] = False
+    return Batch(
+        tokens=rng.integers(0, VOCAB, shape, dtype=np.int32),
+        padding_mask=np.ones(shape, bool),
+        known_mask=known,
+        prompt=Prompt(
+            inputs=rng.normal(size=(accumulate, rows, PROMPT_LENGTH, 24)).astype(np.float16),
+            mask=rng.random((accumulate, rows, PROMPT_LENGTH)) < 0.8,
+        ),
+    )
+
+
+def trained(config, batch, devices=1, steps=3):
+    """The losses of a few steps, and the state after them."""
+    model = make_model(config, VOCAB, FrozenEncoder)
+    mesh = make_mesh(devices)
+    state = create_state(config, model)
+    state = jax.device_put(state, state_shardings(state, mesh))
+    step = make_train_step(config, model, mesh)
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+def assert_states_close(first, second, tolerance):
+    for (path, a), b in zip(jax.tree.leaves_with_path(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def test_one_and_two_devices_compute_the_same(config):
+    # Adam's first steps divide rounding errors by themselves; a larger epsilon is not ours to set, so the
+    # comparison is of the losses over several steps, each of which follows from the whole state before it.
+    one, _ = trained(config, random_batch(), devices=1)
+    two, _ = trained(config, random_batch(), devices=2)
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_accumulation_is_a_larger_batch(config):
+    # With padding and known tokens unevenly spread, a mean of means would differ.
+    batch = random_batch()
+    whole = jax.tree.map(lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batch)
+    split, _ = trained(config, batch)
+    together, _ = trained(config, whole)
+    np.testing.assert_allclose(split, together, rtol=1e-4)
+
+
+def test_the_same_steps_give_the_same_bits(config):
+    _, first = trained(config, random_batch())
+    _, second = trained(config, random_batch())
+    assert_states_close(first, second, 0.0)
+
+
+def test_noise_changes_with_the_step(config):
+    config.optimizer.learning_rate = 0.0
+    config.diffusion.schedule_learning_rate = 0.0
+    losses, _ = trained(config, random_batch())
+    assert len(set(losses)) == 3
+
+
+def test_the_state_moves_as_it_should(config):
+    model = make_model(config, VOCAB, FrozenEncoder)
+    counts = np.arange(VOCAB)
+    state = create_state(config, model, counts)
+    before = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+    np.testing.assert_allclose(np.exp(before.params["log_unigram"]), (counts + 1) / (counts + 1).sum(), rtol=1e-5)
+    step = make_train_step(config, model, make_mesh(1))
+    # The head and the layers' outputs start at zero, so it takes a few steps until everything moves.
+    for _ in range(5):
+        state, _ = step(state, random_batch())
+    after = state
+    assert int(after.step) == 5
+    np.testing.assert_array_equal(after.params["log_unigram"], before.params["log_unigram"])
+    moved = {
+        jax.tree_util.keystr(path): bool(np.any(a != b))
+        for (path, a), b in zip(
+            jax.tree.leaves_with_path(after.params), jax.tree.leaves(before.params), strict=True
+        )
+    }
+    assert [path for path, did in moved.items() if not did] == ["['log_unigram']"]
+    assert float(after.schedule.mu) != float(before.schedule.mu)
+
+
+def test_ema_follows_its_definition(config):
+    model = make_model(config, VOCAB, FrozenEncoder)
+    state = create_state(config, model)
+    initial = jax.device_get(state.params["embedding"])
+    state, _ = make_train_step(config, model, make_mesh(1))(state, random_batch())
+    # At the first step the decay is 1/10.
+    np.testing.assert_allclose(
+        state.ema_params["embedding"], 0.1 * initial + 0.9 * state.params["embedding"], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_ema_decay_warms_up():
+    assert float(ema_decay(0.999, jnp.int32(0))) == pytest.approx(0.1)
+    assert float(ema_decay(0.999, jnp.int32(100_000))) == pytest.approx(0.999)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero(config):
+    config.optimizer.warmup_steps = 10
+    rate = learning_rate_schedule(config.optimizer, 100)
+    peak = config.optimizer.learning_rate
+    np.testing.assert_allclose([rate(0), rate(5), rate(10)], [0.0, peak / 2, peak], rtol=1e-5)
+    assert float(rate(55)) == pytest.approx(peak / 2, rel=1e-3)
+    assert float(rate(100)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_untrained_loss_is_the_single_token_posteriors(config):
+    """The whole path from tokens to loss against a float64 loop over positions."""
+    config.diffusion.conditioning_dropout = 0.0
+    model = make_model(config, VOCAB, FrozenEncoder)
+    params = create_state(config, model, np.arange(VOCAB)).params
+    batch = jax.tree.map(lambda leaf: leaf[0], random_batch())
+    gamma = jnp.asarray([-2.0, 0.0, 2.0, 4.0])
+    keys = jax.random.split(jax.random.key(5), 3)
+    _, row_losses = microbatch_loss(model, params, config.diffusion, batch, gamma, keys, jnp.int32(8), 1.0)
+
+    table = np.asarray(model.apply({"params": params}, method="embedding_table"), np.float64)
+    bias = np.asarray(params["log_unigram"], np.float64)
+    for row in range(4):
+        row_key = jax.random.fold_in(keys[0], 8 + row)
+        noise = np.asarray(jax.random.normal(row_key, (LENGTH, model.embedding_dim)), np.float64)
+        g = float(gamma[row])
+        alpha, sigma = np.sqrt(1 / (1 + np.exp(g))), np.sqrt(1 / (1 + np.exp(-g)))
+        total = 0.0
+        for position in range(LENGTH):
+            if batch.known_mask[row, position]:
+                continue
+            token = batch.tokens[row, position]
+            z = alpha * table[token] + sigma * noise[position]
+            scores = alpha / sigma**2 * (table @ z) + bias
+            total += np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[token]
+        assert float(row_losses[row]) == pytest.approx(total, rel=1e-4)
+
+
+def test_known_positions_are_given_clean():
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(VOCAB, 8)), jnp.float32)
+    batch = jax.tree.map(lambda leaf: leaf[0], random_batch())
+    rows = NoisyRows(batch.tokens, batch.known_mask, jnp.zeros(4), jnp.ones((4, LENGTH, 8)))
+    z = np.asarray(rows.noisy_embeddings(table))
+    clean = np.asarray(table)[batch.tokens]
+    np.testing.assert_array_equal(z[batch.known_mask], clean[batch.known_mask])
+    np.testing.assert_allclose(z[~batch.known_mask], np.sqrt(0.5) * (clean[~batch.known_mask] + 1.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_self_conditioned_rows_are_those_of_the_global_index(num_rows, every):
+    for first_row in range(0, 3 * num_rows, num_rows):
+        rows, inside = self_conditioned_rows(jnp.int32(first_row), num_rows, every)
+        chosen = sorted(first_row + int(r) for r, i in zip(rows, inside, strict=True) if i)
+        assert chosen == [g for g in range(first_row, first_row + num_rows) if g % every == 0]
+
+
+def test_first_estimate_fills_only_the_chosen_rows_and_stops_gradients():
+    z = jnp.ones((6, 2, 3))
+
+    def x_hat(scale):
+        return first_estimate(lambda rows: scale * z[rows], z, jnp.int32(6), 4)
+
+    expected = np.zeros((6, 2, 3))
+    expected[2] = 5.0
+    np.testing.assert_array_equal(x_hat(5.0), expected)
+    assert float(jax.grad(lambda scale: x_hat(scale).sum())(5.0)) == 0.0
+    assert not np.any(first_estimate(lambda rows: z[rows], z, jnp.int32(0), 0))
+
+
+def test_prompts_are_dropped_at_the_stated_rate(config):
+    config.train.accumulate_steps, config.train.batch_size = 1, 400
+    batch = jax.tree.map(lambda leaf: leaf[0], random_batch(1, 400))
+    batch = batch.replace(prompt=batch.prompt.replace(mask=np.ones_like(batch.prompt.mask)))
+    model = make_model(config, VOCAB, FrozenEncoder)
+    params = create_state(config, model).params
+    # The head is moved from zero so that prompts change the losses.
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    keys = jax.random.split(jax.random.key(5), 3)
+
+    def losses(conditioning_dropout):
+        config.diffusion.conditioning_dropout = conditioning_dropout
+        with_seeds = jax.jit(
+            lambda p: microbatch_loss(model, p, config.diffusion, batch, jnp.zeros(400), keys, jnp.int32(0), 1.0)
+        )
+        return np.asarray(with_seeds(params)[1])
+
+    never, sometimes, always = losses(0.0), losses(0.25), losses(1.0)
+    dropped = sometimes != never
+    # A binomial of 400: standard error 0.022.
+    assert abs(dropped.mean() - 0.25) < 0.07
+    np.testing.assert_allclose(sometimes[dropped], always[dropped], rtol=1e-5)
+
+
+def test_only_kernels_are_cast_to_the_compute_dtype(config):
+    model = make_model(config, VOCAB, FrozenEncoder)
+    narrow = compute_params(create_state(config, model).params, jnp.bfloat16)
+    kept = {path[-1].key for path, leaf in jax.tree.leaves_with_path(narrow) if leaf.dtype == jnp.float32}
+    vectors = {"known_vector", "null_prompt", "log_unigram", "bias_in", "attention_taps", "mlp_taps"}
+    assert kept == {"embedding"} | vectors
