@@ -1,0 +1,115 @@
+"""The counted arithmetic against XLA's own count, and what must not be counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flops import forward_flops, useful_flops
+from ml_collections import ConfigDict
+
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.models.denoiser import TextDenoiser, init_params
+from sunfish_jax.models.prompt import Prompt
+
+ROWS, LENGTH, PROMPT_LENGTH = 4, 48, 16
+
+
+@pytest.fixture(scope="module")
+def model():
+    # Wide enough that XLA's count, which has element-wise work in it, is nearly all of matrix products.
+    return TextDenoiser(
+        vocab_size=1000,
+        num_layers=2,
+        num_heads=4,
+        width=384,
+        embedding_dim=96,
+        mlp_ratio=4,
+        conditioning_dim=128,
+        conv_width=0,
+        dropout=0.0,
+        dtype=jnp.dtype("float32"),
+        remat=False,
+        prompt_dim=256,
+    )
+
+
+def diffusion(**changes) -> ConfigDict:
+    return ConfigDict({"conditioning_dropout": 0.0, "self_conditioning_every": 0} | changes)
+
+
+def make_batch(tokens=LENGTH, length=LENGTH, prompt=PROMPT_LENGTH, known=0) -> Batch:
+    positions = np.broadcast_to(np.arange(length), (1, ROWS, length))
+    prompt_positions = np.broadcast_to(np.arange(PROMPT_LENGTH), (1, ROWS, PROMPT_LENGTH))
+    return Batch(
+        tokens=np.zeros(positions.shape, np.int32),
+        padding_mask=positions < tokens,
+        known_mask=positions < known,
+        prompt=Prompt(inputs=np.zeros((*prompt_positions.shape, 256), np.float16), mask=prompt_positions < prompt),
+    )
+
+
+def shapes(model):
+    z = jax.ShapeDtypeStruct((ROWS, LENGTH, model.embedding_dim), jnp.float32)
+    return (
+        jax.eval_shape(lambda: init_params(model, jax.random.key(0))),
+        jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32),
+        z,
+        jax.ShapeDtypeStruct((ROWS,), jnp.float32),
+        z,
+        jax.ShapeDtypeStruct((ROWS, LENGTH), bool),
+        Prompt(
+            inputs=jax.ShapeDtypeStruct((ROWS, PROMPT_LENGTH, model.prompt_dim), jnp.float16),
+            mask=jax.ShapeDtypeStruct((ROWS, PROMPT_LENGTH), bool),
+        ),
+    )
+
+
+def xla_flops(function, *arguments) -> float:
+    return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+
+
+def test_a_forward_pass_costs_what_xla_counts(model):
+    def logits(params, tokens, z, gamma, x_hat, known_mask, prompt):
+        keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
+        return model.apply({"params": params}, z, gamma, x_hat, known_mask, keys_values, method="logits")
+
+    parts = forward_flops(model, np.full(ROWS, LENGTH), np.full(ROWS, PROMPT_LENGTH))
+    # The single-token posterior: logits and the mean embedding.
+    expected = sum(parts.values()) + 2 * parts["vocabulary"]
+    assert xla_flops(logits, *shapes(model)) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_training_pass_costs_what_xla_counts(model):
+    def loss(params, tokens, noise, *given):
+        # As in training, where z is a function of the embeddings.
+        z = model.apply({"params": params}, method="embedding_table")[tokens] + noise
+        return model.apply({"params": params}, tokens, z, *given).sum()
+
+    expected = useful_flops(model, make_batch(), diffusion())
+    assert xla_flops(jax.grad(loss), *shapes(model)) == pytest.approx(expected, rel=0.02)
+
+
+def test_self_conditioning_adds_one_forward_pass_of_its_rows(model):
+    parts = forward_flops(model, np.full(1, LENGTH), np.zeros(1))
+    body = sum(parts[name] for name in ("input", "layers", "head", "noise")) + 4 * parts["vocabulary"]
+    attention = 4 * LENGTH * (LENGTH + PROMPT_LENGTH) * model.num_layers * model.width
+    plain = useful_flops(model, make_batch(), diffusion())
+    with_pass = useful_flops(model, make_batch(), diffusion(self_conditioning_every=2))
+    assert with_pass - plain == pytest.approx(ROWS / 2 * (body + attention))
+
+
+def test_padding_counts_nothing(model):
+    settings = diffusion(self_conditioning_every=3)
+    short, padded = make_batch(tokens=20, length=20), make_batch(tokens=20, length=48)
+    assert useful_flops(model, short, settings) == useful_flops(model, padded, settings)
+
+
+def test_given_tokens_are_not_predicted(model):
+    parts = forward_flops(model, np.full(ROWS, 10), np.zeros(ROWS))
+    less = useful_flops(model, make_batch(), diffusion()) - useful_flops(model, make_batch(known=10), diffusion())
+    assert less == pytest.approx(5 * parts["vocabulary"])
+
+
+def test_a_dropped_prompt_is_the_null_prompts_one_token(model):
+    none = useful_flops(model, make_batch(prompt=0), diffusion())
+    assert useful_flops(model, make_batch(), diffusion(conditioning_dropout=1.0)) == pytest.approx(none)
