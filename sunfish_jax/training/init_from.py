@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.training.state import TrainState
-from sunfish_jax.workdir.config import changed_keys, load_config
+from sunfish_jax.workdir.config import changed_keys, has_config, load_config
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER, Run, load_run
 
 # Keys of these groups decide what the weights mean ...
@@ -39,6 +39,11 @@ def init_tokenizer(config: ConfigDict) -> Path:
         UserError: there is no such run, it has another architecture, or another tokenizer is asked for.
     """
     workdir, _ = split_init_from(config.train.init_from)
+    if not has_config(workdir):
+        raise UserError(
+            f"train.init_from={config.train.init_from}: {workdir} holds no run; give another run's workdir, "
+            "or WORKDIR@STEP"
+        )
     saved = load_config(workdir)
     differing = [
         f"{key} is {old!r} there and {new!r} here"

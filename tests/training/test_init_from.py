@@ -1,0 +1,68 @@
+"""Which run `train.init_from` names, and which runs it refuses."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from sunfish_jax.errors import UserError
+from sunfish_jax.training.init_from import init_tokenizer, split_init_from
+from sunfish_jax.workdir.config import record_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def nano():
+    return runpy.run_path(str(CONFIGS / "nano.py"))["get_config"]()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    record_config(tmp_path / "saved", nano(), step=0)
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("value", "folder", "checkpoint"),
+    [
+        ("runs/first", "runs/first", "latest"),
+        ("runs/first@3000", "runs/first", "3000"),
+        ("runs/first@best", "runs/first", "best"),
+        ("runs@home/first", "runs@home/first", "latest"),
+        ("runs@home@20", "runs@home", "20"),
+    ],
+)
+def test_split_init_from(value, folder, checkpoint):
+    assert split_init_from(value) == (Path(folder), checkpoint)
+
+
+def test_what_does_not_change_the_meaning_of_weights_may_differ(saved):
+    config = nano()
+    config.train.init_from = f"{saved}@10"
+    config.data.source = "other.jsonl"
+    config.model.dropout = 0.3
+    config.model.block_size = 32
+    config.optimizer.learning_rate = 1e-5
+    assert init_tokenizer(config) == saved / "tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.width", 32), ("model.num_heads", 4), ("prompt_encoder.name", "transformer")]
+)
+def test_other_architecture_is_refused_by_name(saved, key, value):
+    config = nano()
+    config.train.init_from = str(saved)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"{key} is .* there and {value!r} here"):
+        init_tokenizer(config)
+
+
+def test_other_tokenizer_and_missing_run_are_refused(saved):
+    config = nano()
+    config.train.init_from = str(saved)
+    config.tokenizer.path = "gpt2"
+    with pytest.raises(UserError, match=r"leave out tokenizer\.path"):
+        init_tokenizer(config)
+    config.train.init_from = "nowhere@3"
+    with pytest.raises(UserError, match=r"train.init_from=nowhere@3: nowhere holds no run"):
+        init_tokenizer(config)

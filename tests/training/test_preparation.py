@@ -1,0 +1,80 @@
+"""What a run needs before its first step, and what its workdir keeps of that."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sunfish_jax.errors import UserError
+from sunfish_jax.training.preparation import begin_workdir, check_workdir, prepare_run
+from sunfish_jax.workdir.config import load_config
+from sunfish_jax.workdir.run import TOKENIZER_FOLDER
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = runpy.run_path(str(CONFIGS / "nano.py"))["get_config"]()
+    source = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with source.open("w") as file:
+        for i in range(200):
+            print(json.dumps({"text": f"animal {i} eats {i % 7} fish", "prompt": f"animal {i}"}), file=file)
+    config.data.source = str(source)
+    config.tokenizer.vocab_size = 300
+    return config
+
+
+@pytest.fixture(scope="module")
+def prepared(config, tmp_path_factory):
+    return prepare_run(config, tmp_path_factory.mktemp("first"), tokenizer_path=None)
+
+
+def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path):
+    begin_workdir(tmp_path, config, prepared)
+    again = prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER)
+    check_workdir(tmp_path, again)
+    assert again.buckets == prepared.buckets
+    np.testing.assert_array_equal(again.splits["train"].tokens, prepared.splits["train"].tokens)
+    batch, same = again.training_batches(config)[5], prepared.training_batches(config)[5]
+    np.testing.assert_array_equal(batch.tokens, same.tokens)
+    np.testing.assert_array_equal(batch.prompt.inputs, same.prompt.inputs)
+
+
+def test_config_of_a_run_that_saved_nothing_is_replaced(config, prepared, tmp_path):
+    begin_workdir(tmp_path, config, prepared)
+    other = config.copy_and_resolve_references()
+    other.model.width = 128
+    begin_workdir(tmp_path, other, prepared)
+    assert load_config(tmp_path).model.width == 128
+
+
+def test_token_counts_are_those_of_the_training_text(prepared):
+    counts = prepared.token_counts()
+    tokens = np.asarray(prepared.splits["train"].tokens)
+    assert counts.shape == (prepared.model.vocab_size,) and counts.sum() == len(tokens)
+    assert counts[prepared.tokenizer.eos_token_id] == prepared.splits["train"].num_rows
+    token = tokens[3]
+    assert counts[token] == (tokens == token).sum()
+
+
+def test_held_out_batches_are_validation_rows(config, prepared):
+    batches = prepared.held_out_batches(config)
+    real = sum(int(batch.padding_mask.sum()) for batch in batches)
+    # Fewer rows than eval.num_rows asks for: all of them.
+    assert prepared.splits["validation"].num_rows < config.eval.num_rows
+    assert real == len(prepared.splits["validation"].tokens)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("data", "text of data.source"), ("tokenizer", "tokenizer"), ("prompt_encoder", "prompt encoder")],
+)
+def test_run_does_not_go_on_with_what_changed(config, prepared, tmp_path, key, words):
+    begin_workdir(tmp_path, config, prepared)
+    changed = dataclasses.replace(prepared, identity={**prepared.identity, key: "another"})
+    with pytest.raises(UserError, match=f"the {words} changed since the run"):
+        check_workdir(tmp_path, changed)
