@@ -14,11 +14,13 @@ import numpy as np
 from agreement import both_logits
 from epoch_mix import Typical, typical_batches
 from flops import useful_flops
+from jax.sharding import Mesh
 from matrix_rate import MatrixRate
 from ml_collections import ConfigDict
 from plain_flax import PlainState, make_plain, make_plain_state, make_plain_step, plain_params
 
 from sunfish_jax.data.batches import Batch
+from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser
 from sunfish_jax.training.preparation import prepare_run
@@ -113,9 +115,9 @@ def run(name: str, config: ConfigDict, workdir: Path, repeats: int, plain_accumu
         for typical in mix
     ]
     # Copied before our first step gives up the buffers.
-    plain_state = make_plain_state(config, plain_params(state.params))
+    plain_state = make_plain_state(config, plain_params(state.params), mesh)
     schedule = jax.tree.map(jnp.copy, state.schedule)
-    plain = faster_plain(config, model, schedule, plain_state, short_mix, repeats)
+    plain = faster_plain(config, model, mesh, schedule, plain_state, short_mix, repeats)
     ours = Contender(make_train_step(config, model, mesh), state)
 
     real = Course.of(ours, mix)
@@ -123,11 +125,13 @@ def run(name: str, config: ConfigDict, workdir: Path, repeats: int, plain_accumu
     against = Course.of(plain, short_mix)
     courses = [real, against] if compared is real else [real, compared, against]
     for repeat in range(repeats):
-        for index in range(len(mix)):
+        print(f"repeat {repeat + 1} of {repeats}, rows of", end="")
+        for index, typical in enumerate(mix):
+            print(f" {typical.length}", end="", flush=True)
             for course in courses:
                 course.repeat(index)
+        print()
         rate.measure()
-        print(f"repeat {repeat + 1} of {repeats} done", flush=True)
     report(name, config, model, rate, real, compared, against)
 
 
@@ -141,14 +145,20 @@ def check_same_function(model: TextDenoiser, params: Mapping[str, Any]) -> None:
 
 
 def faster_plain(
-    config: ConfigDict, model: TextDenoiser, schedule, state: PlainState, mix: list[Typical], repeats: int
+    config: ConfigDict,
+    model: TextDenoiser,
+    mesh: Mesh,
+    schedule: Schedule,
+    state: PlainState,
+    mix: list[Typical],
+    repeats: int,
 ) -> Contender:
     """The plain step in float32 or bfloat16, whichever is faster at the row length of most steps."""
     batch = max(mix, key=lambda typical: typical.share).batch
     key = jax.random.key(config.train.seed)
     contenders, seconds = {}, {}
     for dtype in ("float32", "bfloat16"):
-        step = make_plain_step(config, make_plain(model, jnp.dtype(dtype)), schedule, key)
+        step = make_plain_step(config, make_plain(model, jnp.dtype(dtype)), mesh, schedule, key)
         contenders[dtype] = Contender(step, state)
         seconds[dtype] = statistics.median(contenders[dtype].seconds(batch) for _ in range(repeats))
         # One state for both: each gives it up to its next step.

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
@@ -22,6 +23,7 @@ from sunfish_jax.diffusion.process import posterior_scale, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.models.denoiser import PromptKeysValues, TextDenoiser
 from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.training.sharding import batch_sharding
 from sunfish_jax.training.state import make_optimizer
 
 
@@ -240,14 +242,17 @@ class PlainState:
     opt_state: optax.OptState
 
 
-def make_plain_state(config: ConfigDict, params: Mapping[str, Any]) -> PlainState:
-    """The state before the first step, from the plain network's parameters (copied)."""
-    params = jax.tree.map(jnp.copy, params)
-    opt_state = make_optimizer(config.optimizer, config.train.num_steps).init(params)
-    return PlainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt_state)
+def make_plain_state(config: ConfigDict, params: Mapping[str, Any], mesh: Mesh) -> PlainState:
+    """The state before the first step, whole on every device; `params` of the plain network are copied."""
+
+    def create(params):
+        opt_state = make_optimizer(config.optimizer, config.train.num_steps).init(params)
+        return PlainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt_state)
+
+    return jax.jit(create, out_shardings=NamedSharding(mesh, PartitionSpec()))(params)
 
 
-def make_plain_step(config: ConfigDict, plain: PlainDenoiser, schedule: Schedule, key: jax.Array):
+def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedule: Schedule, key: jax.Array):
     """One optimiser step of the same training: (state, batch) -> (state, loss)."""
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     diffusion = config.diffusion
@@ -289,4 +294,5 @@ def make_plain_step(config: ConfigDict, plain: PlainDenoiser, schedule: Schedule
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - config.optimizer.ema_decay)
         return PlainState(state.step + 1, params, ema_params, opt_state), value
 
-    return jax.jit(step, donate_argnums=0)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)), out_shardings=(whole, None))

@@ -47,7 +47,7 @@ def model(config):
     return make_model(config, config.tokenizer.vocab_size, FrozenEncoder)
 
 
-def make_batch(config, rows=5, length=16, prompt_length=8) -> Batch:
+def make_batch(config, rows=16, length=16, prompt_length=8) -> Batch:
     rng = np.random.default_rng(0)
     shape = (config.train.accumulate_steps, rows)
     return Batch(
@@ -91,13 +91,13 @@ def test_the_trees_hold_the_same_weights(config, model):
 
 
 def test_its_step_trains_from_our_loss_on(config, model):
-    batch = make_batch(config, rows=16)
-    state = create_state(config, model)
-    plain_state = make_plain_state(config, plain_params(state.params))
+    batch = make_batch(config)
+    state, mesh = create_state(config, model), make_mesh(1)
+    plain_state = make_plain_state(config, plain_params(state.params), mesh)
     # Our step gives its arrays up; the plain one has its own.
     schedule = jax.tree.map(jnp.copy, state.schedule)
-    _, metrics = make_train_step(config, model, make_mesh(1))(state, batch)
-    plain_step = make_plain_step(config, make_plain(model, model.dtype), schedule, jax.random.key(1))
+    _, metrics = make_train_step(config, model, mesh)(state, batch)
+    plain_step = make_plain_step(config, make_plain(model, model.dtype), mesh, schedule, jax.random.key(1))
     losses = []
     for _ in range(40):
         plain_state, loss = plain_step(plain_state, batch)
