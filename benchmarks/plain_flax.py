@@ -246,7 +246,8 @@ def make_plain_state(config: ConfigDict, params: Mapping[str, Any], mesh: Mesh) 
     """The state before the first step, whole on every device; `params` of the plain network are copied."""
 
     def create(params):
-        opt_state = make_optimizer(config.optimizer, config.train.num_steps).init(params)
+        # What the optimiser keeps does not depend on the dtype it multiplies in.
+        opt_state = make_optimizer(config.optimizer, config.train.num_steps, jnp.float32).init(params)
         return PlainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt_state)
 
     return jax.jit(create, out_shardings=NamedSharding(mesh, PartitionSpec()))(params)
@@ -254,7 +255,7 @@ def make_plain_state(config: ConfigDict, params: Mapping[str, Any], mesh: Mesh) 
 
 def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedule: Schedule, key: jax.Array):
     """One optimiser step of the same training: (state, batch) -> (state, loss)."""
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, plain.dtype)
     diffusion = config.diffusion
 
     def loss(params, rows: Batch, gamma, key, num_targets):

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     # Hidden width of the feed-forward layers, as a multiple of `width`.
     model.mlp_ratio = 4
     # Width of the noise-level representation from which every layer's adaptive scales are made.
-    model.conditioning_dim = 256
+    model.conditioning_dim = 480
     # Width of the short depthwise convolution before attention; 0 for none.
     model.conv_width = 5
     model.dropout = 0.1
@@ -67,6 +67,8 @@ def get_config() -> ConfigDict:
     diffusion.infill_fraction = 0.25
 
     config.optimizer = optimizer = ConfigDict()
+    # `muon` (orthogonalised momentum for the kernels, Adam for the rest) or `adamw`.
+    optimizer.name = "muon"
     optimizer.learning_rate = 5e-4
     # The token embeddings' learning rate, as a multiple of `learning_rate`.
     optimizer.embedding_multiplier = 3.0

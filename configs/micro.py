@@ -13,8 +13,7 @@ get_default_config = runpy.run_path(str(Path(__file__).with_name("default.py")))
 
 
 def get_config() -> ConfigDict:
-    # The defaults are this model's but for what brings it to its size: see default.py.
+    # The defaults are this model's: see default.py.
     config = get_default_config()
-    config.model.conditioning_dim = 480
     config.logging.name = "micro"
     return config

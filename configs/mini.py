@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.model.width = 256
     config.model.block_size = 256
     config.model.mlp_ratio = 6
+    config.model.conditioning_dim = 256
 
     config.prompt_encoder.max_length = 32
 

@@ -84,9 +84,7 @@ class InfillOptions(GenerationOptions):
     def __post_init__(self):
         super().__post_init__()
         if not self.text.strip():
-            raise UserError(
-                "--text is empty: give a text with gaps, such as 'The [MASK] is a [MASK:6] of Africa.'"
-            )
+            raise UserError("--text is empty: give a text with gaps, such as 'The [MASK] is a [MASK:6] of Africa.'")
         if "[MASK" not in self.text:
             raise UserError(
                 f"--text={shortened(self.text)!r} has no gap: write [MASK] or [MASK:n] where one is to be"
@@ -99,8 +97,7 @@ def check_prompt(prompt: str) -> None:
         raise UserError("--prompt is empty: write what the text is to be about, or leave --prompt out")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
-            f"--prompt={shortened(prompt)!r} has {len(prompt)} characters: "
-            f"give at most {MAX_PROMPT_CHARACTERS}"
+            f"--prompt={shortened(prompt)!r} has {len(prompt)} characters: give at most {MAX_PROMPT_CHARACTERS}"
         )
     if not any(character.isalnum() for character in prompt):
         raise UserError(f"--prompt={shortened(prompt)!r} has no letter or digit: write it in words")

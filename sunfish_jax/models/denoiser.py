@@ -15,6 +15,9 @@ from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 from sunfish_jax.ops.dense import dense
 
+# Parameters of two dimensions with these endings are kernels: matrices that features are multiplied with.
+KERNEL_SUFFIXES = ("_in", "_out", "kernel")
+
 
 @flax.struct.dataclass
 class PromptKeysValues:
@@ -159,7 +162,8 @@ class TextDenoiser(nn.Module):
         """
         table = jax.lax.stop_gradient(self.embedding_table()).astype(self.dtype)
         prior = jax.lax.stop_gradient(prior)
-        logits = token_logits(prior.reshape(-1, prior.shape[-1]), table, self.log_unigram)
+        log_unigram = jax.lax.stop_gradient(self.log_unigram)
+        logits = token_logits(prior.reshape(-1, prior.shape[-1]), table, log_unigram)
         return expected_embedding(logits, table).reshape(prior.shape)
 
     def logits(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:

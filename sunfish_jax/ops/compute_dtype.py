@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 # bfloat16 is taken when it is at least this many times as fast: less would not repay its rounding.
 _WORTHWHILE = 1.2
+_REPEATS = 20
 
 
 def fastest_compute_dtype() -> str:
@@ -17,17 +18,25 @@ def fastest_compute_dtype() -> str:
     """
     if jax.default_backend() != "cpu":
         return "bfloat16"
-    return "bfloat16" if _seconds(jnp.float32) > _WORTHWHILE * _seconds(jnp.bfloat16) else "float32"
+    # In turn, so that another process slows both alike.
+    products = {dtype: _Product(dtype) for dtype in ("float32", "bfloat16")}
+    seconds = {dtype: [] for dtype in products}
+    for _ in range(_REPEATS):
+        for dtype, product in products.items():
+            seconds[dtype].append(product.seconds())
+    fastest = {dtype: min(times) for dtype, times in seconds.items()}
+    return "bfloat16" if fastest["float32"] > _WORTHWHILE * fastest["bfloat16"] else "float32"
 
 
-def _seconds(dtype) -> float:
-    """Seconds of the fastest of several products [512, 512] @ [512, 2048]."""
-    x, kernel = jnp.ones((512, 512), dtype), jnp.ones((512, 2048), dtype)
-    product = jax.jit(jnp.dot)
-    product(x, kernel).block_until_ready()
-    seconds = []
-    for _ in range(7):
+class _Product:
+    """[512, 512] @ [512, 2048] in one number format."""
+
+    def __init__(self, dtype: str):
+        self._operands = jnp.ones((512, 512), dtype), jnp.ones((512, 2048), dtype)
+        self._multiply = jax.jit(jnp.dot)
+        self.seconds()
+
+    def seconds(self) -> float:
         start = time.perf_counter()
-        product(x, kernel).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        self._multiply(*self._operands).block_until_ready()
+        return time.perf_counter() - start

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch, batch_iterator
 from sunfish_jax.errors import UserError
+from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.init_from import init_state, init_tokenizer
 from sunfish_jax.training.interrupt import StopRequest
 from sunfish_jax.training.preparation import (
@@ -52,6 +53,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         UserError: something that was given cannot be used, or the loss is not finite.
     """
     first_step = _saved_step(workdir)
+    config = _with_compute_dtype(config, None if first_step is None else load_config(workdir))
     if first_step is not None:
         check_resumable(load_config(workdir), config)
         if first_step >= config.train.num_steps:
@@ -90,6 +92,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
             loop.run(state, step, batch_iterator(batches, first_step or 0))
         except asynclib.AsyncError as error:
             raise UserError(f"the figures of the run cannot be written to {workdir}: {error.__cause__}") from error
+
+
+def _with_compute_dtype(config: ConfigDict, saved: ConfigDict | None) -> ConfigDict:
+    """The configuration with `auto` resolved: as the saved run did, so that it goes on alike, or by measuring."""
+    if config.model.compute_dtype != "auto":
+        return config
+    config = config.copy_and_resolve_references()
+    config.model.compute_dtype = saved.model.compute_dtype if saved else fastest_compute_dtype()
+    print(f"computing in {config.model.compute_dtype}", flush=True)
+    return config
 
 
 def _saved_step(workdir: Path) -> int | None:

@@ -10,7 +10,10 @@ import optax
 from ml_collections import ConfigDict
 
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
-from sunfish_jax.models.denoiser import TextDenoiser, init_params
+from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TextDenoiser, init_params
+from sunfish_jax.ops.orthogonalize import orthogonalize
+
+_MUON_MOMENTUM = 0.95
 
 
 @flax.struct.dataclass
@@ -39,32 +42,64 @@ class TrainState:
 def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
     """Linear warm-up, then cosine decay to zero at `num_steps`; `config` is the `optimizer` group."""
     warmup_steps = min(config.warmup_steps, num_steps // 2)
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, warmup_steps), num_steps)
+    warmup_steps = max(1, warmup_steps)
+    # A run of one step is all warm-up; optax wants some decay after it.
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup_steps, max(num_steps, warmup_steps + 1)
+    )
 
 
-def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping; the embeddings have a rate of their own and no decay.
+def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype) -> optax.GradientTransformation:
+    """Muon for the kernels and Adam for the rest, or AdamW for all; clipped, the embeddings at their own rate.
 
     Args:
       config: the `optimizer` group.
       num_steps: length of the run, at whose end the learning rate is zero.
+      compute_dtype: what Muon's matrix products are computed in.
     """
+    adam = optax.scale_by_adam(config.beta1, config.beta2)
+    if config.name == "muon":
+        direction = optax.partition({"kernel": scale_by_muon(compute_dtype), "other": adam}, _labels)
+    else:
+        direction = adam
 
-    def is_kernel(params):
-        return jax.tree.map_with_path(lambda path, p: p.ndim > 1 and not _is_embedding(path), params)
-
-    def embedding_rate(updates, state, params=None):
+    def embedding_rate(updates, params=None):
         del params
         scale = config.embedding_multiplier
-        return jax.tree.map_with_path(lambda path, u: u * scale if _is_embedding(path) else u, updates), state
+        return jax.tree.map_with_path(lambda path, u: u * scale if _is_embedding(path) else u, updates)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2),
-        optax.add_decayed_weights(config.weight_decay, mask=is_kernel),
-        optax.GradientTransformation(lambda params: optax.EmptyState(), embedding_rate),
+        direction,
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda params: jax.tree.map(lambda name: name == "kernel", _labels(params))
+        ),
+        optax.stateless(embedding_rate),
         optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
     )
+
+
+def scale_by_muon(compute_dtype: jnp.dtype) -> optax.GradientTransformation:
+    """The direction of Muon: Nesterov momentum, orthogonalised (Jordan et al. 2024).
+
+    An orthogonal [M, N] matrix has entries of root mean square 1 / sqrt(max(M, N)); they are scaled to 0.2, about
+    that of Adam's updates, so that both go by one learning rate (Liu et al. 2025, arXiv 2502.16982).
+    """
+
+    def direction(updates, params=None):
+        del params
+        return jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * orthogonalize(u, compute_dtype), updates)
+
+    return optax.chain(optax.trace(_MUON_MOMENTUM, nesterov=True), optax.stateless(direction))
+
+
+def _labels(params: Any) -> Any:
+    """ "kernel" for the matrices that features are multiplied with, "other" for embeddings, taps and vectors."""
+
+    def label(path, p):
+        return "kernel" if p.ndim == 2 and path[-1].key.endswith(KERNEL_SUFFIXES) else "other"
+
+    return jax.tree.map_with_path(label, params)
 
 
 def _is_embedding(path) -> bool:
@@ -98,7 +133,7 @@ def create_state(config: ConfigDict, model: TextDenoiser, token_counts: np.ndarr
         params=params,
         # A copy: the step donates its state, and one buffer cannot be donated twice.
         ema_params=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(config.optimizer, config.train.num_steps).init(params),
+        opt_state=make_optimizer(config.optimizer, config.train.num_steps, model.dtype).init(params),
         schedule=schedule,
         schedule_opt_state=make_schedule_optimizer(config.diffusion).init(schedule),
         key=step_key,

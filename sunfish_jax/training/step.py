@@ -13,7 +13,7 @@ from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.loss import NoisyRows, first_estimate
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.schedules import fit_schedule
-from sunfish_jax.models.denoiser import TextDenoiser
+from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TextDenoiser
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, state_shardings
 from sunfish_jax.training.state import (
     TrainState,
@@ -39,7 +39,7 @@ def make_train_step(
       `loss` (mean cross-entropy over the positions to predict), `grad_norm`, `learning_rate` and the schedule's
       parameters.
     """
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, model.dtype)
     schedule_optimizer = make_schedule_optimizer(config.diffusion)
     learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
 
@@ -181,7 +181,7 @@ def compute_params(params, dtype):
     """Kernels in the dtype they are multiplied in, cast once a step; vectors and embeddings stay float32."""
 
     def cast(path, p):
-        return p.astype(dtype) if path[-1].key.endswith(("_in", "_out", "_kernel")) and p.ndim > 1 else p
+        return p.astype(dtype) if path[-1].key.endswith(KERNEL_SUFFIXES) and p.ndim > 1 else p
 
     return jax.tree.map_with_path(cast, params)
 

@@ -1,0 +1,33 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sunfish_jax.ops.orthogonalize import orthogonalize
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_keeps_the_singular_vectors_and_levels_the_values(shape, dtype):
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=shape)
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    # Singular values over a range of 20, as gradients have.
+    matrix = u * np.geomspace(20.0, 1.0, len(s)) @ vt
+    got = np.asarray(orthogonalize(jnp.asarray(matrix, jnp.float32), jnp.dtype(dtype)), np.float64)
+    inner = u.T @ got @ vt.T
+    tolerance = 1e-3 if dtype == "float32" else 0.06
+    np.testing.assert_allclose(inner - np.diag(np.diag(inner)), 0.0, atol=tolerance)
+    assert (np.diag(inner) > 0.6).all()
+    assert (np.diag(inner) < 1.25).all()
+    # Nothing outside the matrix's own row and column space.
+    np.testing.assert_allclose(u @ inner @ vt, got, atol=tolerance)
+
+
+def test_the_scale_of_the_matrix_does_not_matter():
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
+    small = orthogonalize(1e-3 * matrix, jnp.dtype("float32"))
+    np.testing.assert_allclose(small, orthogonalize(matrix, jnp.dtype("float32")), atol=1e-3)
+
+
+def test_a_zero_matrix_stays_zero():
+    assert not np.any(orthogonalize(jnp.zeros((4, 6)), jnp.dtype("float32")))
