@@ -66,7 +66,7 @@ def make_train_step(
         )
         metrics = {
             "loss": row_losses.sum() / num_targets,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(state.step),
             **{f"schedule/{name}": value for name, value in vars(state.schedule).items()},
         }

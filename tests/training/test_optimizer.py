@@ -1,0 +1,98 @@
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sunfish_jax.training.state import learning_rate_schedule, make_optimizer
+
+NANO = Path(__file__).parents[2] / "configs" / "nano.py"
+RATE = 1e-2
+
+
+@pytest.fixture
+def config():
+    config = runpy.run_path(str(NANO))["get_config"]().optimizer
+    config.learning_rate = RATE
+    config.warmup_steps = 1
+    config.weight_decay = 0.1
+    config.embedding_multiplier = 3.0
+    return config
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(0)
+    shapes = {"embedding": (6, 4), "mlp_in": (8, 12), "adapter_kernel": (12, 8), "taps": (3, 8), "bias_in": (8,)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def second_update(config, params, gradients):
+    """The update of the second step, at the peak learning rate: the first one's rate is zero."""
+    optimizer = make_optimizer(config, 1000, jnp.dtype("float32"))
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(gradients, state, params)
+    return updates
+
+
+def test_muon_moves_kernels_along_orthogonal_matrices(config, params):
+    config.name = "muon"
+    config.weight_decay = 0.0
+    gradients = jax.tree.map(lambda p: 1e-3 * jnp.cos(3.0 * p), params)
+    updates = second_update(config, params, gradients)
+    for name in ("mlp_in", "adapter_kernel"):
+        u, _, vt = np.linalg.svd(np.asarray(gradients[name], np.float64), full_matrices=False)
+        inner = u.T @ (-updates[name] / RATE / 0.2 / 12**0.5) @ vt.T
+        np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-3)
+        assert (np.abs(np.diag(inner) - 0.95) < 0.3).all()
+    # With one gradient throughout, Adam moves by the learning rate in the gradient's sign.
+    np.testing.assert_allclose(updates["taps"], -RATE * np.sign(gradients["taps"]), rtol=1e-3)
+    np.testing.assert_allclose(updates["bias_in"], -RATE * np.sign(gradients["bias_in"]), rtol=1e-3)
+    np.testing.assert_allclose(updates["embedding"], -3 * RATE * np.sign(gradients["embedding"]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_only_kernels_decay(config, params, name):
+    config.name = name
+    still = second_update(config, params, jax.tree.map(jnp.zeros_like, params))
+    for kernel in ("mlp_in", "adapter_kernel"):
+        np.testing.assert_allclose(still.pop(kernel), -RATE * 0.1 * params[kernel], rtol=1e-5)
+    assert not any(np.any(update) for update in still.values())
+
+
+def test_adamw_is_optax_adamw(config, params):
+    config.name = "adamw"
+    config.embedding_multiplier = 1.0
+    gradients = jax.tree.map(lambda p: 1e-3 * jnp.cos(3.0 * p), params)
+    decayed = {name: name in ("mlp_in", "adapter_kernel") for name in params}
+    reference = optax.adamw(
+        learning_rate_schedule(config, 1000), config.beta1, config.beta2, weight_decay=0.1, mask=decayed
+    )
+    state = reference.init(params)
+    for _ in range(2):
+        expected, state = reference.update(gradients, state, params)
+    for got, want in zip(
+        jax.tree.leaves(second_update(config, params, gradients)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9)
+
+
+def test_large_gradients_are_clipped(config, params):
+    config.name = "adamw"
+    config.beta1 = config.beta2 = 0.0
+    optimizer = make_optimizer(config, 1000, jnp.dtype("float32"))
+    state = optimizer.init(params)
+    huge = jax.tree.map(lambda p: jnp.full_like(p, 1e6), params)
+    _, state = optimizer.update(huge, state, params)
+    moment = optax.tree.get(state, "mu")
+    assert float(optax.tree.norm(moment)) == pytest.approx(config.clip_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_the_shortest_runs_have_a_schedule(config, num_steps):
+    rate = learning_rate_schedule(config, num_steps)
+    assert np.isfinite([rate(step) for step in range(num_steps + 1)]).all()
