@@ -14,6 +14,8 @@ get_default_config = runpy.run_path(str(Path(__file__).with_name("default.py")))
 
 def get_config() -> ConfigDict:
     config = get_default_config()
+    config.data.num_buckets = 6
+
     config.tokenizer.vocab_size = 4096
 
     config.model.num_layers = 6
@@ -25,12 +27,15 @@ def get_config() -> ConfigDict:
 
     config.prompt_encoder.max_length = 32
 
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 400
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
 
-    config.train.num_steps = 12_000
+    config.train.num_steps = 6000
     config.train.batch_size = 8
     config.train.accumulate_steps = 2
+
+    config.eval.num_rows = 128
+    config.checkpoint.keep = 6
 
     config.logging.name = "mini"
     return config

@@ -50,7 +50,7 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
 
 
 def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Muon for the kernels and Adam for the rest, or AdamW for all; clipped, the embeddings at their own rate.
+    """Muon for the layers' kernels and Adam for the rest, or AdamW for all; clipped, embeddings at their own rate.
 
     Args:
       config: the `optimizer` group.
@@ -59,7 +59,7 @@ def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype)
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2)
     if config.name == "muon":
-        direction = optax.partition({"kernel": scale_by_muon(compute_dtype), "other": adam}, _labels)
+        direction = optax.partition({True: scale_by_muon(compute_dtype), False: adam}, _is_hidden_kernel)
     else:
         direction = adam
 
@@ -71,9 +71,7 @@ def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
-        optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: jax.tree.map(lambda name: name == "kernel", _labels(params))
-        ),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_kernel),
         optax.stateless(embedding_rate),
         optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
     )
@@ -93,13 +91,16 @@ def scale_by_muon(compute_dtype: jnp.dtype) -> optax.GradientTransformation:
     return optax.chain(optax.trace(_MUON_MOMENTUM, nesterov=True), optax.stateless(direction))
 
 
-def _labels(params: Any) -> Any:
-    """ "kernel" for the matrices that features are multiplied with, "other" for embeddings, taps and vectors."""
+def _is_kernel(params: Any) -> Any:
+    """True for the matrices that features are multiplied with, False for embeddings, taps and vectors."""
+    return jax.tree.map_with_path(lambda path, p: p.ndim == 2 and path[-1].key.endswith(KERNEL_SUFFIXES), params)
 
-    def label(path, p):
-        return "kernel" if p.ndim == 2 and path[-1].key.endswith(KERNEL_SUFFIXES) else "other"
 
-    return jax.tree.map_with_path(label, params)
+def _is_hidden_kernel(params: Any) -> Any:
+    """True for the kernels inside the layers, from features to features: what Muon is for."""
+    return jax.tree.map_with_path(
+        lambda path, kernel: kernel and path[0].key.startswith("layers_"), _is_kernel(params)
+    )
 
 
 def _is_embedding(path) -> bool:

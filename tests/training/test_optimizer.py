@@ -26,8 +26,10 @@ def config():
 @pytest.fixture
 def params():
     rng = np.random.default_rng(0)
-    shapes = {"embedding": (6, 4), "mlp_in": (8, 12), "adapter_kernel": (12, 8), "taps": (3, 8), "bias_in": (8,)}
-    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    shapes = {"embedding": (6, 4), "scales_kernel": (5, 9), "mlp_in": (8, 12), "mlp_out": (12, 8), "taps": (3, 8)}
+    layer = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    outside = {name: layer.pop(name) for name in ("embedding", "scales_kernel")}
+    return outside | {"layers_0": layer}
 
 
 def second_update(config, params, gradients):
@@ -44,14 +46,16 @@ def test_muon_moves_kernels_along_orthogonal_matrices(config, params):
     config.weight_decay = 0.0
     gradients = jax.tree.map(lambda p: 1e-3 * jnp.cos(3.0 * p), params)
     updates = second_update(config, params, gradients)
-    for name in ("mlp_in", "adapter_kernel"):
-        u, _, vt = np.linalg.svd(np.asarray(gradients[name], np.float64), full_matrices=False)
-        inner = u.T @ (-updates[name] / RATE / 0.2 / 12**0.5) @ vt.T
+    layer, layer_gradients = updates["layers_0"], gradients["layers_0"]
+    for name in ("mlp_in", "mlp_out"):
+        u, _, vt = np.linalg.svd(np.asarray(layer_gradients[name], np.float64), full_matrices=False)
+        inner = u.T @ (-layer[name] / RATE / 0.2 / 12**0.5) @ vt.T
         np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-3)
         assert (np.abs(np.diag(inner) - 0.95) < 0.3).all()
     # With one gradient throughout, Adam moves by the learning rate in the gradient's sign.
-    np.testing.assert_allclose(updates["taps"], -RATE * np.sign(gradients["taps"]), rtol=1e-3)
-    np.testing.assert_allclose(updates["bias_in"], -RATE * np.sign(gradients["bias_in"]), rtol=1e-3)
+    np.testing.assert_allclose(layer["taps"], -RATE * np.sign(layer_gradients["taps"]), rtol=1e-3)
+    outside = updates["scales_kernel"]
+    np.testing.assert_allclose(outside, -RATE * np.sign(gradients["scales_kernel"]), rtol=1e-3)
     np.testing.assert_allclose(updates["embedding"], -3 * RATE * np.sign(gradients["embedding"]), rtol=1e-3)
 
 
@@ -59,16 +63,18 @@ def test_muon_moves_kernels_along_orthogonal_matrices(config, params):
 def test_only_kernels_decay(config, params, name):
     config.name = name
     still = second_update(config, params, jax.tree.map(jnp.zeros_like, params))
-    for kernel in ("mlp_in", "adapter_kernel"):
-        np.testing.assert_allclose(still.pop(kernel), -RATE * 0.1 * params[kernel], rtol=1e-5)
-    assert not any(np.any(update) for update in still.values())
+    for group, kernel in (("layers_0", "mlp_in"), ("layers_0", "mlp_out"), (None, "scales_kernel")):
+        update, param = (still[group], params[group]) if group else (still, params)
+        np.testing.assert_allclose(update.pop(kernel), -RATE * 0.1 * param[kernel], rtol=1e-5)
+    assert not any(np.any(update) for update in jax.tree.leaves(still))
 
 
 def test_adamw_is_optax_adamw(config, params):
     config.name = "adamw"
     config.embedding_multiplier = 1.0
     gradients = jax.tree.map(lambda p: 1e-3 * jnp.cos(3.0 * p), params)
-    decayed = {name: name in ("mlp_in", "adapter_kernel") for name in params}
+    decayed = {"embedding": False, "scales_kernel": True}
+    decayed["layers_0"] = {"mlp_in": True, "mlp_out": True, "taps": False}
     reference = optax.adamw(
         learning_rate_schedule(config, 1000), config.beta1, config.beta2, weight_decay=0.1, mask=decayed
     )
