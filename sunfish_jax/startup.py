@@ -5,16 +5,16 @@ import signal
 import threading
 from pathlib import Path
 
-from sunfish_jax.ops.allocator import keep_freed_memory
+from sunfish_jax.ops.allocator import restart_with_huge_pages
 
 
 def prepare_process(num_cpu_devices: int = 1) -> None:
-    """Prepares memory, libraries and devices. Call it once, before anything computes.
+    """Prepares memory, libraries and devices. Call it once, before anything computes: the process may start anew.
 
     Args:
         num_cpu_devices: host devices that a CPU is presented as.
     """
-    keep_freed_memory()
+    restart_with_huge_pages()
     # Nothing here needs PyTorch, so its absence is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
