@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     data.text_key = "text"
     data.prompt_key = "prompt"
     # Rows come in this many lengths at most, chosen to waste the fewest positions on padding.
-    data.num_buckets = 7
+    data.num_buckets = 12
 
     config.tokenizer = tokenizer = ConfigDict()
     # A folder with a saved `transformers` tokenizer; empty: train a byte-level BPE on the corpus.

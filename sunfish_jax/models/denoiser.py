@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sunfish_jax.diffusion.process import posterior_scale
-from sunfish_jax.models.layers import NoiseLevelFeatures, TransformerLayer, kernel_init, rms_norm
+from sunfish_jax.models.layers import NoiseLevelFeatures, TransformerLayer, kernel_init, rms_norm, split_heads
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
@@ -24,18 +24,18 @@ class PromptKeysValues:
     """What every layer attends to, computed once for a prompt.
 
     Attributes:
-      keys: [L, B, H, P, d].
-      values: [L, B, H, P, d].
+      keys: for each layer, [B, H, P, d].
+      values: for each layer, [B, H, P, d].
       mask: [B, P] bool, at least one True a row.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     mask: jax.Array
 
     def select(self, rows: jax.Array) -> "PromptKeysValues":
         """The keys and values of some rows [n]."""
-        return PromptKeysValues(self.keys[:, rows], self.values[:, rows], self.mask[rows])
+        return jax.tree.map(lambda leaf: leaf[rows], self)
 
 
 class TextDenoiser(nn.Module):
@@ -106,10 +106,8 @@ class TextDenoiser(nn.Module):
         mask = jnp.where(given, prompt.mask, jnp.arange(length) == 0)
         states = states.reshape(batch * length, -1)
         both = dense(states, self.prompt_kernel.astype(self.dtype), self.dtype)
-        head_dim = self.width // self.num_heads
-        both = both.reshape(batch, length, 2, self.num_layers, self.num_heads, head_dim)
-        keys, values = both.transpose(2, 3, 0, 4, 1, 5)
-        return PromptKeysValues(keys, values, mask)
+        parts = [split_heads(part, batch, self.num_heads) for part in jnp.split(both, 2 * self.num_layers, axis=-1)]
+        return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)
 
     def features(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues, row_seeds=None) -> jax.Array:
         """What the logits are the product of with the embedding table.
