@@ -163,7 +163,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 def config_error(argv: list[str], error: Exception) -> Exception:
     """Returns what to tell the user about a config file or an override of it that raised `error`."""
     arguments = "\n".join(argv)
-    path = re.search(r"^--?config[=\n](.*)$", arguments, re.MULTILINE)[1]
+    given = re.search(r"^--?config[=\n](.*)$", arguments, re.MULTILINE)
+    if given is None:
+        return error
+    path = given[1]
     if not Path(path).is_file():
         return UserError(f"--config={path}: there is no such file")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]

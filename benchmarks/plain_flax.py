@@ -133,9 +133,12 @@ class PlainDenoiser(nn.Module):
         batch, length = prompt.mask.shape
         given = prompt.mask.any(axis=-1, keepdims=True)
         states = rms_norm(jnp.where(given[..., None], self.adapter(prompt.inputs), self.null_prompt))
-        both = self.prompt(states).reshape(batch, length, 2, self.num_layers, self.num_heads, -1)
-        keys, values = both.transpose(2, 3, 0, 4, 1, 5)
-        return PromptKeysValues(keys, values, jnp.where(given, prompt.mask, jnp.arange(length) == 0))
+        mask = jnp.where(given, prompt.mask, jnp.arange(length) == 0)
+        parts = [
+            part.reshape(batch, length, self.num_heads, -1).transpose(0, 2, 1, 3)
+            for part in jnp.split(self.prompt(states), 2 * self.num_layers, axis=-1)
+        ]
+        return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)
 
     def logits(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues, dropout_key=None) -> jax.Array:
         """[B, S, V] float32."""

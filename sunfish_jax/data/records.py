@@ -82,8 +82,8 @@ class JsonlRecords(Records):
                     continue
                 try:
                     record = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    reason = getattr(error, "msg", "nested too deeply")
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(error, "msg", "nested too deeply, or a number too long")
                     raise UserError(
                         f"{self._path}, line {number}: broken JSON ({reason}); mend the line"
                     ) from error

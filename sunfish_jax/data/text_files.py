@@ -22,15 +22,15 @@ class TextFiles:
     continuous = True
 
     def __init__(self, path: Path):
-        self._files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        self._files = sorted(file for file in path.rglob("*.txt") if file.is_file()) if path.is_dir() else [path]
         if not self._files:
             raise UserError(f"data.source={path} has no .txt file in it")
         size = sum(file.stat().st_size for file in self._files)
         self._section = min(max(size // (4 * _PERIOD), _MIN_SECTION), _MAX_SECTION)
-        self.identity = f"text:{file_digest(self._files)}"
         # Reading all of it once finds what cannot be read before anything is written.
         if not any(section.strip() for file in self._files for section in self._sections(file)):
             raise UserError(f"data.source={path} is empty: it has no text")
+        self.identity = f"text:{file_digest(self._files)}"
 
     def examples(self, split: str) -> Iterator[Example]:
         number = 0

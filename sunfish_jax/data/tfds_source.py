@@ -100,7 +100,7 @@ def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         try:
             with _quiet():
                 builder = tfds.builder(name, data_dir=folder)
-        except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             continue
         if builder.is_prepared():

@@ -61,6 +61,14 @@ class TokenizedSplit:
         """The tokens of one row, int32."""
         return np.asarray(self.tokens[self.row_starts[index] : self.row_starts[index + 1]], np.int32)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token occurs, [V] int64."""
+        counts = np.zeros(vocab_size, np.int64)
+        # In parts: counting makes a wider copy of what it counts.
+        for start in range(0, len(self.tokens), 2**20):
+            counts += np.bincount(self.tokens[start : start + 2**20], minlength=vocab_size)
+        return counts
+
     def prompt_texts(self, indices: np.ndarray) -> list[str]:
         """The prompts of the given numbers (any shape, flattened)."""
         return [

@@ -43,9 +43,14 @@ def run(workdir: Path, checkpoint: str, split: str) -> dict:
     run = load_run(workdir, checkpoint)
     config, network = run.config, (run.model, run.params)
     data_dir = workdir / "data"
-    splits = prepare(
-        open_source(config.data, data_dir), run.tokenizer, data_dir, block_size=config.model.block_size
-    )
+    source = open_source(config.data, data_dir)
+    if source.identity != run.data_identity:
+        # Other text is split elsewhere: some that the run was trained on would be taken for held-out text.
+        raise UserError(
+            f"the text of data.source={config.data.source} changed since the run in --workdir={workdir} was "
+            "trained on it: put back what was there"
+        )
+    splits = prepare(source, run.tokenizer, data_dir, block_size=config.model.block_size)
     texts = splits[split]
     if not texts.num_rows:
         raise UserError(f"--split={split}: the corpus has no {split} text; give the other one")
@@ -53,7 +58,7 @@ def run(workdir: Path, checkpoint: str, split: str) -> dict:
     prompts = PromptTable(run.prompt_encoder, texts.num_prompts, texts.prompt_texts)
     batches_of = functools.partial(held_out_rows, texts, buckets=buckets, config=config, prompts=prompts)
     result = {"workdir": str(workdir), "checkpoint_step": run.step, "split": split}
-    counts = np.bincount(splits["train"].tokens, minlength=run.model.vocab_size)
+    counts = splits["train"].token_counts(run.model.vocab_size)
     rows = batches_of(config.eval.num_rows)
     figures = held_out_cross_entropy(*network, rows, log_unigram=log_unigram(counts))
     figures["embeddings/nearest_neighbour_distance"] = float(nearest_neighbour_distance(*network))

@@ -113,7 +113,8 @@ def check_length(template: Template, max_gap: int, block_size: int) -> int:
         parts = f"{template.num_given} given, {total - 1 - template.num_given} in gaps, 1 at the end"
         hint = f"; a [MASK] without a length counts {max_gap}" if free else ""
         raise UserError(
-            f"--text takes {total} tokens ({parts}{hint}), and the model's block is {block_size}: shorten it"
+            f"--text takes {total} tokens ({parts}{hint}), and {block_size} fit (--seq_len, or the model's block): "
+            "shorten it"
         )
     return total
 

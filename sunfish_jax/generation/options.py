@@ -101,6 +101,10 @@ def check_prompt(prompt: str) -> None:
         )
     if not any(character.isalnum() for character in prompt):
         raise UserError(f"--prompt={shortened(prompt)!r} has no letter or digit: write it in words")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt={shortened(prompt)!r} is not UTF-8 text: set the terminal to UTF-8") from None
 
 
 def check_checkpoint(checkpoint: str) -> None:
@@ -112,7 +116,7 @@ def check_checkpoint(checkpoint: str) -> None:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Reads the prompts in a UTF-8 file, one a line; blank lines are left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"--prompts_file={path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

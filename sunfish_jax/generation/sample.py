@@ -7,7 +7,7 @@ import flax.linen as nn
 import numpy as np
 
 from sunfish_jax.diffusion.schedules import Schedule
-from sunfish_jax.generation.generator import Settings, generate, sample_keys
+from sunfish_jax.generation.generator import Settings, generate, sample_keys, take_rows
 from sunfish_jax.generation.options import SampleOptions
 from sunfish_jax.generation.output import StepCounter, decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
@@ -29,20 +29,22 @@ def run(workdir: Path, options: SampleOptions) -> None:
         options.check_length(run.config.model.block_size)
         seq_len = options.seq_len or run.config.model.block_size
         settings = Settings.make(run.config.sampling, options)
-        prompts = [prompt for prompt in options.prompts or (None,) for _ in range(options.num_samples)]
-        indices = np.tile(np.arange(options.num_samples), len(options.prompts) or 1)
+        distinct = options.prompts or (None,)
+        rows = np.repeat(np.arange(len(distinct)), options.num_samples)
+        indices = np.tile(np.arange(options.num_samples), len(distinct))
         tokens = generate(
             run.model,
             run.params,
             run.schedule,
-            encode_prompts(run.prompt_encoder, prompts),
+            take_rows(encode_prompts(run.prompt_encoder, distinct), rows),
             sample_keys(options.seed, indices),
             seq_len,
             settings,
             counter=StepCounter.on_terminal(),
         )
         origin = provenance(run, options, settings) | {"seq_len": seq_len}
-        for prompt, index, row in zip(prompts, indices.tolist(), tokens, strict=True):
+        for number, index, row in zip(rows, indices.tolist(), tokens, strict=True):
+            prompt = distinct[number]
             text = decode(row, run.tokenizer)
             print(f"--- {prompt or 'no prompt'} (seed {options.seed}, sample {index})\n{text}\n", flush=True)
             write({"text": text, "prompt": prompt, "index": index} | origin)

@@ -25,11 +25,9 @@ class SummaryWriter:
                 killed and resumes from its last checkpoint does those steps again.
         """
         self._file = EventFileWriter(logdir)
-        if first_step > 0:
-            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            # TensorBoard drops points at and after the step of a START.
-            event = event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=restart)
-            self._file.add_event(event)
+        # TensorBoard drops points at and after the step of a START.
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.add_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
 
     def _add(self, step: int, summary):
         self._file.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary))

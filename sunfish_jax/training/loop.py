@@ -69,7 +69,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     batches = prepared.training_batches(config)
     token_counts = prepared.token_counts()
     mesh = make_mesh(config.train.num_devices)
-    with Checkpoints(workdir, config.checkpoint) as checkpoints, contextlib.ExitStack() as stack:
+    with (
+        _writing_to(workdir),
+        Checkpoints(workdir, config.checkpoint) as checkpoints,
+        contextlib.ExitStack() as stack,
+    ):
         state = _first_state(config, workdir, prepared, token_counts, mesh, checkpoints, first_step)
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
         writer = make_writer(config, workdir, first_step or 0)
@@ -88,10 +92,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
             steps_per_epoch=batches.steps_per_epoch,
         )
         step = CompiledStep(make_train_step(config, prepared.model, mesh))
-        try:
-            loop.run(state, step, batch_iterator(batches, first_step or 0))
-        except asynclib.AsyncError as error:
-            raise UserError(f"the figures of the run cannot be written to {workdir}: {error.__cause__}") from error
+        loop.run(state, step, batch_iterator(batches, first_step or 0))
+
+
+@contextlib.contextmanager
+def _writing_to(workdir: Path):
+    """Errors of the metric writers, which write in a thread and raise at a later call or when closed."""
+    try:
+        yield
+    except asynclib.AsyncError as error:
+        raise UserError(f"the figures of the run cannot be written to {workdir}: {error.__cause__}") from error
 
 
 def _with_compute_dtype(config: ConfigDict, saved: ConfigDict | None) -> ConfigDict:

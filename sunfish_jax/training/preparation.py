@@ -53,12 +53,7 @@ class Prepared:
 
     def token_counts(self) -> np.ndarray:
         """How often each token occurs in the training text, [V] int64."""
-        tokens = self.splits["train"].tokens
-        counts = np.zeros(self.model.vocab_size, np.int64)
-        # In parts: counting makes a wider copy of what it counts.
-        for start in range(0, len(tokens), 2**20):
-            counts += np.bincount(tokens[start : start + 2**20], minlength=len(counts))
-        return counts
+        return self.splits["train"].token_counts(self.model.vocab_size)
 
     def _prompts(self, split: str) -> PromptTable:
         texts = self.splits[split]

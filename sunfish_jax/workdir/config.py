@@ -18,7 +18,7 @@ HISTORY_FILE = "config_history.jsonl"
 # What a trained state depends on. `model` keys that only say how to compute it may change.
 _FIXED_GROUPS = ("data", "tokenizer", "model", "prompt_encoder")
 _FREE_MODEL_KEYS = ("model.dropout", "model.compute_dtype", "model.remat")
-_FIXED_KEYS = ("diffusion.schedule", "optimizer.name")
+_FIXED_KEYS = ("diffusion.schedule", "optimizer.name", "train.seed", "train.init_from")
 
 _CHOICES = {
     "model.compute_dtype": ("auto", "bfloat16", "float32"),

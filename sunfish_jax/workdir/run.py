@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Run:
         params: the moving average of its parameters.
         schedule: the noise schedule at that step.
         step: the checkpoint's step.
+        data_identity: fingerprint of the text that it was trained on.
     """
 
     workdir: Path
@@ -45,6 +47,7 @@ class Run:
     params: Any
     schedule: Schedule
     step: int
+    data_identity: str
 
 
 def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
@@ -62,7 +65,7 @@ def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
         step = checkpoints.resolve(checkpoint)
         tokenizer = load_tokenizer(workdir / TOKENIZER_FOLDER)
         prompt_encoder = make_prompt_encoder(config.prompt_encoder, tokenizer)
-        _check_identity(workdir, tokenizer, prompt_encoder)
+        identity = _checked_identity(workdir, tokenizer, prompt_encoder)
         model = make_model(config, len(tokenizer), prompt_encoder)
         schedule = make_schedule(config.diffusion.schedule, config.model.embedding_dim, len(tokenizer))
         abstract = {
@@ -79,14 +82,19 @@ def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
         params=fields["ema_params"],
         schedule=fields["schedule"],
         step=step,
+        data_identity=identity["data"],
     )
 
 
-def _check_identity(workdir: Path, tokenizer: PreTrainedTokenizerFast, prompt_encoder: PromptEncoder) -> None:
+def _checked_identity(
+    workdir: Path, tokenizer: PreTrainedTokenizerFast, prompt_encoder: PromptEncoder
+) -> Mapping[str, str]:
+    """What training wrote of its text, tokenizer and prompt encoder, of which the latter two must be those here."""
     path = workdir / IDENTITY_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        saved["data"], saved["tokenizer"], saved["prompt_encoder"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is missing or damaged: put back the one that training wrote") from None
     here = {"tokenizer": tokenizer_identity(tokenizer), "prompt_encoder": prompt_encoder.identity}
     for name, identity in here.items():
@@ -95,3 +103,4 @@ def _check_identity(workdir: Path, tokenizer: PreTrainedTokenizerFast, prompt_en
                 f"--workdir={workdir} was trained with the {name.replace('_', ' ')} {saved[name]!r}, and here is "
                 f"{identity!r}: put back what it was trained with"
             )
+    return saved

@@ -50,7 +50,7 @@ def test_no_gap_and_too_long(tokenizer):
     template = gaps.parse("The [MASK] [MASK:3].", tokenizer)
     needed = template.num_given + 8 + 3 + 1
     assert gaps.check_length(template, max_gap=8, block_size=needed) == needed
-    with pytest.raises(UserError, match=rf"takes {needed} tokens.*block is {needed - 1}"):
+    with pytest.raises(UserError, match=rf"takes {needed} tokens.*{needed - 1} fit"):
         gaps.check_length(template, max_gap=8, block_size=needed - 1)
 
 

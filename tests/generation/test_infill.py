@@ -62,7 +62,7 @@ def test_infill_fits_both_sides_and_records_how(load, tmp_path, capsys):
 
 def test_a_text_over_the_limit_leaves_no_file(load, tmp_path):
     options = InfillOptions(text="a [MASK] b", seq_len=5, output=tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match=r"takes 7 tokens.*block is 5"):
+    with pytest.raises(UserError, match=r"takes 7 tokens.*5 fit"):
         infill.run(tmp_path, options)
     assert list(tmp_path.iterdir()) == []
 

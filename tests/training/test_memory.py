@@ -58,9 +58,10 @@ def test_activations_grow_with_rows_and_shrink_with_rematerialisation():
     assert step_memory(config, remat, make_mesh(1)).activations < 0.7 * many
 
 
-def test_the_whole_step_of_full_can_be_traced():
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_whole_step_of_full_can_be_traced(devices):
     config, model = config_and_model("full")
-    memory = step_memory(config, model, make_mesh(1))
-    # Parameters, their average and two moments, four bytes each.
-    assert memory.state == pytest.approx(16 * 1.45e9, rel=0.1)
+    memory = step_memory(config, model, make_mesh(devices))
+    # Parameters, their average and a moment or two, four bytes each, shared out.
+    assert 12 * 1.4e9 < devices * memory.state < 16 * 1.5e9
     assert memory.total < 80e9
