@@ -1,4 +1,4 @@
-"""The training objective: cross-entropy of the clean tokens at the schedule's noise levels."""
+"""What the training loss is computed on: noisy rows and, for some of them, a first estimate."""
 
 from collections.abc import Callable
 

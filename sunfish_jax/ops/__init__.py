@@ -1,1 +1,1 @@
-"""The few array operations written for XLA:CPU, each with its own vector-Jacobian product."""
+"""The few array operations written for XLA:CPU, and what a machine's number format and memory ask for."""

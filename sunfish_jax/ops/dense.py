@@ -54,7 +54,7 @@ def _dense_backward(out_dtype, residuals, g):
 
 
 def input_gradient(g: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """g @ kernel.T for g [N, M] and kernel [K, M']: the gradient with respect to a dense layer's input."""
+    """g @ kernel.T for g [N, M] and kernel [K, M]: the gradient with respect to a dense layer's input."""
     return jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
 

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: tokenizer, tokens, prompts, model and state."""
+"""What a run needs before its first step: tokenizer, tokens, prompts and model."""
 
 import dataclasses
 import json

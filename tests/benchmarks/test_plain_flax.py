@@ -1,16 +1,15 @@
 """The plain network must be ours, or the comparison with it means nothing."""
 
-import runpy
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import both_logits
+from encoders import FrozenEncoder
 from flax.traverse_util import flatten_dict, unflatten_dict
 from plain_flax import make_plain, make_plain_state, make_plain_step, plain_params
 
+from configs import nano
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
@@ -18,19 +17,12 @@ from sunfish_jax.training.sharding import make_mesh
 from sunfish_jax.training.state import create_state
 from sunfish_jax.training.step import make_train_step
 
-NANO = Path(__file__).parents[2] / "configs" / "nano.py"
-
-
-class FrozenEncoder:
-    """What `make_model` reads of a prompt encoder."""
-
-    frozen = True
-    output_dim = 24
+ENCODER = FrozenEncoder(output_dim=24)
 
 
 @pytest.fixture(scope="module")
 def config():
-    config = runpy.run_path(str(NANO))["get_config"]()
+    config = nano.get_config()
     config.model.num_layers = 1
     config.model.conv_width = 3
     config.model.compute_dtype = "float32"
@@ -44,7 +36,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def model(config):
-    return make_model(config, config.tokenizer.vocab_size, FrozenEncoder)
+    return make_model(config, config.tokenizer.vocab_size, ENCODER)
 
 
 def make_batch(config, rows=16, length=16, prompt_length=8) -> Batch:
@@ -55,7 +47,7 @@ def make_batch(config, rows=16, length=16, prompt_length=8) -> Batch:
         padding_mask=np.ones((*shape, length), bool),
         known_mask=rng.random((*shape, length)) < 0.1,
         prompt=Prompt(
-            inputs=rng.standard_normal((*shape, prompt_length, 24)).astype(np.float16),
+            inputs=rng.standard_normal((*shape, prompt_length, ENCODER.output_dim)).astype(np.float16),
             mask=np.ones((*shape, prompt_length), bool),
         ),
     )
@@ -82,7 +74,7 @@ def test_the_inputs_of_that_comparison_reach_every_part(config, model, weight, m
 def test_the_trees_hold_the_same_weights(config, model):
     params = create_state(config, model).params
     z, tokens = jnp.zeros((1, 16, model.embedding_dim)), jnp.zeros((1, 16), bool)
-    prompt = Prompt(inputs=jnp.zeros((1, 8, 24)), mask=jnp.ones((1, 8), bool))
+    prompt = Prompt(inputs=jnp.zeros((1, 8, ENCODER.output_dim)), mask=jnp.ones((1, 8), bool))
     plain = make_plain(model, model.dtype)
     made = jax.eval_shape(plain.init, jax.random.key(0), z, jnp.zeros(1), z, tokens, prompt)["params"]
     given = plain_params(params)

@@ -35,7 +35,17 @@ def test_no_bucket_is_longer_than_the_rows_need():
 
 @pytest.mark.parametrize(
     ("batch_size", "num_devices", "length", "rows"),
-    [(4, 1, 256, 4), (4, 1, 112, 8), (4, 2, 80, 12), (4, 4, 176, 4), (1, 1, 256, 1), (1, 1, 48, 5), (8, 3, 256, 6)],
+    [
+        (4, 1, 256, 4),
+        (4, 1, 112, 8),
+        (4, 2, 80, 12),
+        (4, 4, 176, 4),
+        (1, 1, 256, 1),
+        (1, 1, 48, 5),
+        (3, 1, 256, 3),
+        (3, 3, 112, 6),
+        (8, 3, 256, 6),
+    ],
 )
 def test_rows_hold_the_positions_of_whole_blocks(batch_size, num_devices, length, rows):
     config = default.get_config()

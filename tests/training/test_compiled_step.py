@@ -1,12 +1,11 @@
 """No slow form of matrix product may come back into the compiled step, by our doing or by an upgrade of JAX."""
 
-import runpy
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
+from encoders import FrozenEncoder
 
+from configs import micro
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
@@ -15,21 +14,14 @@ from sunfish_jax.training.sharding import make_mesh
 from sunfish_jax.training.state import create_state
 from sunfish_jax.training.step import make_train_step
 
-MICRO = Path(__file__).parents[2] / "configs" / "micro.py"
+ENCODER = FrozenEncoder(output_dim=384)
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU")
 
 
-class FrozenEncoder:
-    """What `make_model` reads of a prompt encoder."""
-
-    frozen = True
-    output_dim = 384
-
-
 def abstract_batch(config, length=64, prompt_length=16):
     shape = (config.train.accumulate_steps, config.train.batch_size * config.model.block_size // length, length)
-    states = (*shape[:2], prompt_length, FrozenEncoder.output_dim)
+    states = (*shape[:2], prompt_length, ENCODER.output_dim)
     return Batch(
         tokens=jax.ShapeDtypeStruct(shape, jnp.int32),
         padding_mask=jax.ShapeDtypeStruct(shape, bool),
@@ -42,11 +34,11 @@ def abstract_batch(config, length=64, prompt_length=16):
 
 def compiled_step_text():
     # micro's shapes with two of its layers: every kind of product, at a fraction of the compile time.
-    config = runpy.run_path(str(MICRO))["get_config"]()
+    config = micro.get_config()
     config.model.num_layers = 2
     config.model.compute_dtype = "bfloat16"
     config.train.accumulate_steps = 2
-    model = make_model(config, config.tokenizer.vocab_size, FrozenEncoder)
+    model = make_model(config, config.tokenizer.vocab_size, ENCODER)
     state = jax.eval_shape(lambda: create_state(config, model))
     step = make_train_step(config, model, make_mesh(1))
     return step.lower(state, abstract_batch(config)).compile().as_text()

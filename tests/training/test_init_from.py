@@ -1,24 +1,18 @@
 """Which run `train.init_from` names, and which runs it refuses."""
 
-import runpy
 from pathlib import Path
 
 import pytest
 
+from configs import nano
 from sunfish_jax.errors import UserError
 from sunfish_jax.training.init_from import init_tokenizer, split_init_from
 from sunfish_jax.workdir.config import record_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def nano():
-    return runpy.run_path(str(CONFIGS / "nano.py"))["get_config"]()
-
 
 @pytest.fixture
 def saved(tmp_path):
-    record_config(tmp_path / "saved", nano(), step=0)
+    record_config(tmp_path / "saved", nano.get_config(), step=0)
     return tmp_path / "saved"
 
 
@@ -37,7 +31,7 @@ def test_split_init_from(value, folder, checkpoint):
 
 
 def test_what_does_not_change_the_meaning_of_weights_may_differ(saved):
-    config = nano()
+    config = nano.get_config()
     config.train.init_from = f"{saved}@10"
     config.data.source = "other.jsonl"
     config.model.dropout = 0.3
@@ -50,7 +44,7 @@ def test_what_does_not_change_the_meaning_of_weights_may_differ(saved):
     ("key", "value"), [("model.width", 32), ("model.num_heads", 4), ("prompt_encoder.name", "transformer")]
 )
 def test_other_architecture_is_refused_by_name(saved, key, value):
-    config = nano()
+    config = nano.get_config()
     config.train.init_from = str(saved)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=rf"{key} is .* there and {value!r} here"):
@@ -58,7 +52,7 @@ def test_other_architecture_is_refused_by_name(saved, key, value):
 
 
 def test_other_tokenizer_and_missing_run_are_refused(saved):
-    config = nano()
+    config = nano.get_config()
     config.train.init_from = str(saved)
     config.tokenizer.path = "gpt2"
     with pytest.raises(UserError, match=r"leave out tokenizer\.path"):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from encoders import FrozenEncoder
 
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.training.memory import step_memory, tree_bytes
@@ -10,19 +11,13 @@ from sunfish_jax.training.sharding import make_mesh
 from sunfish_jax.training.state import create_state
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-class FrozenEncoder:
-    """What `make_model` reads of a prompt encoder."""
-
-    frozen = True
-    output_dim = 384
+ENCODER = FrozenEncoder(output_dim=384)
 
 
 def config_and_model(name):
     config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
     config.model.compute_dtype = "bfloat16"
-    return config, make_model(config, config.tokenizer.vocab_size, FrozenEncoder)
+    return config, make_model(config, config.tokenizer.vocab_size, ENCODER)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +49,7 @@ def test_activations_grow_with_rows_and_shrink_with_rematerialisation():
     # The prompt's and the vocabulary's parts grow with the rows too; only constants stay.
     assert 1.9 * few < many < 2.0 * few
     config.model.remat = True
-    remat = make_model(config, config.tokenizer.vocab_size, FrozenEncoder)
+    remat = make_model(config, config.tokenizer.vocab_size, ENCODER)
     assert step_memory(config, remat, make_mesh(1)).activations < 0.7 * many
 
 

@@ -1,21 +1,18 @@
-import runpy
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from configs import nano
 from sunfish_jax.training.state import learning_rate_schedule, make_optimizer
 
-NANO = Path(__file__).parents[2] / "configs" / "nano.py"
 RATE = 1e-2
 
 
 @pytest.fixture
 def config():
-    config = runpy.run_path(str(NANO))["get_config"]().optimizer
+    config = nano.get_config().optimizer
     config.learning_rate = RATE
     config.warmup_steps = 1
     config.weight_decay = 0.1

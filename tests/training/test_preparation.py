@@ -2,23 +2,20 @@
 
 import dataclasses
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from configs import nano
 from sunfish_jax.errors import UserError
 from sunfish_jax.training.preparation import begin_workdir, check_workdir, prepare_run
 from sunfish_jax.workdir.config import load_config
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    config = runpy.run_path(str(CONFIGS / "nano.py"))["get_config"]()
+    config = nano.get_config()
     source = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     with source.open("w") as file:
         for i in range(200):

@@ -1,13 +1,12 @@
 """The training step: what it computes, and what it must not depend on."""
 
-import runpy
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoders import FrozenEncoder
 
+from configs import nano
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.loss import NoisyRows, first_estimate, self_conditioned_rows
 from sunfish_jax.models.denoiser import make_model
@@ -16,20 +15,13 @@ from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import create_state, learning_rate_schedule
 from sunfish_jax.training.step import compute_params, ema_decay, make_train_step, microbatch_loss
 
-NANO = Path(__file__).parents[2] / "configs" / "nano.py"
 VOCAB, LENGTH, PROMPT_LENGTH = 60, 16, 4
-
-
-class FrozenEncoder:
-    """What `make_model` reads of a prompt encoder."""
-
-    frozen = True
-    output_dim = 24
+ENCODER = FrozenEncoder(output_dim=24)
 
 
 @pytest.fixture
 def config():
-    config = runpy.run_path(str(NANO))["get_config"]()
+    config = nano.get_config()
     config.model.compute_dtype = "float32"
     config.model.dropout = 0.1
     config.model.num_layers = 1
@@ -49,7 +41,7 @@ def random_batch(accumulate=2, rows=4):
         padding_mask=np.ones(shape, bool),
         known_mask=known,
         prompt=Prompt(
-            inputs=rng.normal(size=(accumulate, rows, PROMPT_LENGTH, 24)).astype(np.float16),
+            inputs=rng.normal(size=(accumulate, rows, PROMPT_LENGTH, ENCODER.output_dim)).astype(np.float16),
             mask=rng.random((accumulate, rows, PROMPT_LENGTH)) < 0.8,
         ),
     )
@@ -57,7 +49,7 @@ def random_batch(accumulate=2, rows=4):
 
 def trained(config, batch, devices=1, steps=3):
     """The losses of a few steps, and the state after them."""
-    model = make_model(config, VOCAB, FrozenEncoder)
+    model = make_model(config, VOCAB, ENCODER)
     mesh = make_mesh(devices)
     state = create_state(config, model)
     state = jax.device_put(state, state_shardings(state, mesh))
@@ -83,7 +75,7 @@ def test_one_and_two_devices_compute_the_same(config):
 
 
 def test_accumulation_is_a_larger_batch(config):
-    # With padding and known tokens unevenly spread, a mean of means would differ.
+    # With known tokens unevenly spread, a mean of means would differ.
     batch = random_batch()
     whole = jax.tree.map(lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batch)
     split, _ = trained(config, batch)
@@ -105,7 +97,7 @@ def test_noise_changes_with_the_step(config):
 
 
 def test_the_state_moves_as_it_should(config):
-    model = make_model(config, VOCAB, FrozenEncoder)
+    model = make_model(config, VOCAB, ENCODER)
     counts = np.arange(VOCAB)
     state = create_state(config, model, counts)
     before = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
@@ -128,7 +120,7 @@ def test_the_state_moves_as_it_should(config):
 
 
 def test_ema_follows_its_definition(config):
-    model = make_model(config, VOCAB, FrozenEncoder)
+    model = make_model(config, VOCAB, ENCODER)
     state = create_state(config, model)
     initial = jax.device_get(state.params["embedding"])
     state, _ = make_train_step(config, model, make_mesh(1))(state, random_batch())
@@ -155,7 +147,7 @@ def test_learning_rate_warms_up_and_decays_to_zero(config):
 def test_untrained_loss_is_the_single_token_posteriors(config):
     """The whole path from tokens to loss against a float64 loop over positions."""
     config.diffusion.conditioning_dropout = 0.0
-    model = make_model(config, VOCAB, FrozenEncoder)
+    model = make_model(config, VOCAB, ENCODER)
     params = create_state(config, model, np.arange(VOCAB)).params
     batch = jax.tree.map(lambda leaf: leaf[0], random_batch())
     gamma = jnp.asarray([-2.0, 0.0, 2.0, 4.0])
@@ -217,7 +209,7 @@ def test_prompts_are_dropped_at_the_stated_rate(config):
     config.train.accumulate_steps, config.train.batch_size = 1, 400
     batch = jax.tree.map(lambda leaf: leaf[0], random_batch(1, 400))
     batch = batch.replace(prompt=batch.prompt.replace(mask=np.ones_like(batch.prompt.mask)))
-    model = make_model(config, VOCAB, FrozenEncoder)
+    model = make_model(config, VOCAB, ENCODER)
     params = create_state(config, model).params
     # The head is moved from zero so that prompts change the losses.
     rng = np.random.default_rng(1)
@@ -239,7 +231,7 @@ def test_prompts_are_dropped_at_the_stated_rate(config):
 
 
 def test_only_kernels_are_cast_to_the_compute_dtype(config):
-    model = make_model(config, VOCAB, FrozenEncoder)
+    model = make_model(config, VOCAB, ENCODER)
     narrow = compute_params(create_state(config, model).params, jnp.bfloat16)
     kept = {path[-1].key for path, leaf in jax.tree.leaves_with_path(narrow) if leaf.dtype == jnp.float32}
     vectors = {"known_vector", "null_prompt", "log_unigram", "bias_in", "attention_taps", "mlp_taps"}

@@ -131,6 +131,8 @@ def test_what_a_state_depends_on_cannot_change(tmp_path):
         "model.width": 128,
         "prompt_encoder.name": "transformer",
         "diffusion.schedule": "cosine",
+        "optimizer.name": "adamw",
+        "train.seed": 12,
     }
     config = get_config("nano")
     for key, value in changed.items():

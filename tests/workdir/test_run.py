@@ -1,11 +1,10 @@
 import json
-import runpy
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from configs import nano
 from sunfish_jax.data.tokenizer import tokenizer_identity, train_tokenizer
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import make_model
@@ -20,7 +19,7 @@ from sunfish_jax.workdir.run import IDENTITY_FILE, TOKENIZER_FOLDER, load_run
 def trained(tmp_path_factory):
     """A workdir with two checkpoints, and the state of the second, whose parameters all differ."""
     workdir = tmp_path_factory.mktemp("run")
-    config = runpy.run_path(str(Path(__file__).parents[2] / "configs/nano.py"))["get_config"]()
+    config = nano.get_config()
     config.tokenizer.vocab_size = 300
     config.model.compute_dtype = "float32"
     config.prompt_encoder.name = "transformer"
