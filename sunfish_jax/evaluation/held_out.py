@@ -101,12 +101,6 @@ def _batch_sums(model, params, table, batch, number, detail, log_unigram) -> dic
     return {name: np.array([level[name] for level in levels]) for name in levels[0]}
 
 
-def log_unigram(counts: np.ndarray) -> np.ndarray:
-    """Log frequencies [V] from how often each token occurs in the training text, with one added to each."""
-    smoothed = np.asarray(counts, np.float64) + 1
-    return np.log(smoothed / smoothed.sum()).astype(np.float32)
-
-
 def shuffled_order(mask: np.ndarray, seed: int) -> np.ndarray:
     """Each row's positions in random order, [B, S], where `mask` is True; the others stay in place.
 

@@ -16,7 +16,7 @@ from sunfish_jax.data.tokens import prepare
 from sunfish_jax.diffusion.process import HELD_OUT_SNRS
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.bound import bits_per_byte
-from sunfish_jax.evaluation.held_out import held_out_cross_entropy, log_unigram, nearest_neighbour_distance
+from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
 from sunfish_jax.evaluation.infill_accuracy import infill_accuracy
 from sunfish_jax.generation.generator import Settings
 from sunfish_jax.models.prompt_table import PromptTable
@@ -58,9 +58,8 @@ def run(workdir: Path, checkpoint: str, split: str) -> dict:
     prompts = PromptTable(run.prompt_encoder, texts.num_prompts, texts.prompt_texts)
     batches_of = functools.partial(held_out_rows, texts, buckets=buckets, config=config, prompts=prompts)
     result = {"workdir": str(workdir), "checkpoint_step": run.step, "split": split}
-    counts = splits["train"].token_counts(run.model.vocab_size)
     rows = batches_of(config.eval.num_rows)
-    figures = held_out_cross_entropy(*network, rows, log_unigram=log_unigram(counts))
+    figures = held_out_cross_entropy(*network, rows, log_unigram=run.params["log_unigram"])
     figures["embeddings/nearest_neighbour_distance"] = float(nearest_neighbour_distance(*network))
     result["held_out"] = figures
     print(f"step {run.step}, {split} text\n\n{table(figures)}", flush=True)

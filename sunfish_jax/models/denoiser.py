@@ -173,10 +173,8 @@ class TextDenoiser(nn.Module):
 
     def estimate(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
         """x_hat = softmax(logits) E, [B, S, D] float32; the arguments are those of `features`."""
-        features = self.features(z, gamma, x_hat, known_mask, prompt)
-        table = self.embedding_table().astype(self.dtype)
-        logits = token_logits(features.reshape(-1, self.embedding_dim), table, self.log_unigram)
-        return expected_embedding(logits, table).reshape(z.shape)
+        logits = self.logits(z, gamma, x_hat, known_mask, prompt).reshape(-1, self.vocab_size)
+        return expected_embedding(logits, self.embedding_table().astype(self.dtype)).reshape(z.shape)
 
     def cross_entropy(self, tokens, z, gamma, x_hat, known_mask, prompt, row_seeds=None) -> jax.Array:
         """-log p(token | z, gamma, x_hat, prompt) in nats, [B, S] float32.

@@ -68,4 +68,4 @@ class PromptTransformer(nn.Module):
         return nn.RMSNorm(name="output_norm")(x).reshape(*batch, length, self.width)
 
     def _kernel(self, name: str, inputs: int, outputs: int) -> jax.Array:
-        return self.param(name, _kernel_init, (inputs, outputs)).astype(self.dtype)
+        return self.param(f"{name}_kernel", _kernel_init, (inputs, outputs)).astype(self.dtype)

@@ -53,9 +53,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
         UserError: something that was given cannot be used, or the loss is not finite.
     """
     first_step = _saved_step(workdir)
-    config = _with_compute_dtype(config, None if first_step is None else load_config(workdir))
+    saved = None if first_step is None else load_config(workdir)
+    config = _with_compute_dtype(config, saved)
     if first_step is not None:
-        check_resumable(load_config(workdir), config)
+        check_resumable(saved, config)
         if first_step >= config.train.num_steps:
             print(
                 f"the run in {workdir} is at step {first_step} of {config.train.num_steps} already: "
@@ -86,7 +87,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             checkpoints=checkpoints,
             writer=writer,
             stop=stop,
-            evaluate=make_evaluate(config, prepared, token_counts, stop),
+            evaluate=make_evaluate(config, prepared, stop),
             sample=make_sample(config, prepared),
             progress=load_totals(workdir, first_step or 0, config.train.num_steps),
             steps_per_epoch=batches.steps_per_epoch,

@@ -150,16 +150,11 @@ def microbatch_loss(model, params, config, batch, gamma, row_keys, first_row, nu
     keys_values = model.apply(variables, prompt, method="encode_prompt")
 
     def estimate(chosen):
-        frozen = jax.lax.stop_gradient((variables, z, keys_values.select(chosen)))
-        return model.apply(
-            frozen[0],
-            frozen[1][chosen],
-            gamma[chosen],
-            jnp.zeros((chosen.shape[0], *z.shape[1:])),
-            batch.known_mask[chosen],
-            frozen[2],
-            method="estimate",
-        )
+        # Stopped at the inputs, so that nothing of this pass is kept for the backward pass.
+        frozen, noisy, prompts = jax.lax.stop_gradient((variables, z[chosen], keys_values.select(chosen)))
+        no_estimate = jnp.zeros_like(noisy)
+        known_mask = batch.known_mask[chosen]
+        return model.apply(frozen, noisy, gamma[chosen], no_estimate, known_mask, prompts, method="estimate")
 
     x_hat = first_estimate(estimate, z, first_row, config.self_conditioning_every)
     losses = model.apply(

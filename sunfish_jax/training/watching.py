@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.evaluation.held_out import held_out_cross_entropy, log_unigram, nearest_neighbour_distance
+from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
 from sunfish_jax.generation.generator import Settings
 from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt_encoder import encode_prompts
@@ -26,20 +25,18 @@ class Stopped(Exception):
     """An evaluation was given up because the run is to stop."""
 
 
-def make_evaluate(config: ConfigDict, prepared: Prepared, token_counts: np.ndarray, stop: StopRequest) -> Evaluate:
+def make_evaluate(config: ConfigDict, prepared: Prepared, stop: StopRequest) -> Evaluate:
     """Makes the evaluation of a state on always the same held-out rows.
 
     Args:
         config: the whole configuration; `eval.num_rows` is read.
         prepared: the model and the held-out rows.
-        token_counts: [V] how often each token occurs in the training text.
         stop: when it is asked for, the evaluation raises `Stopped` before its next batch.
 
     Returns:
         A function to scalars by name, of the averaged parameters.
     """
     batches = prepared.held_out_batches(config)
-    unigram = log_unigram(token_counts)
 
     def until_stopped() -> Iterator[Batch]:
         for batch in batches:
@@ -49,6 +46,7 @@ def make_evaluate(config: ConfigDict, prepared: Prepared, token_counts: np.ndarr
 
     def evaluate(state: TrainState) -> dict[str, float]:
         params = on_one_device(state.ema_params)
+        unigram = params["log_unigram"]
         figures = held_out_cross_entropy(prepared.model, params, until_stopped(), log_unigram=unigram)
         distance = nearest_neighbour_distance(prepared.model, params)
         return figures | {"embeddings/nearest_neighbour_distance": float(distance)}

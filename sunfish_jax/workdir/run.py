@@ -93,8 +93,9 @@ def _checked_identity(
     path = workdir / IDENTITY_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["data"], saved["tokenizer"], saved["prompt_encoder"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
+        saved = {}
+    if not {"data", "tokenizer", "prompt_encoder"} <= set(saved):
         raise UserError(f"{path} is missing or damaged: put back the one that training wrote") from None
     here = {"tokenizer": tokenizer_identity(tokenizer), "prompt_encoder": prompt_encoder.identity}
     for name, identity in here.items():

@@ -33,15 +33,15 @@ def _plain(params, tokens, width=8, num_heads=2):
     x = (params["tokens"]["embedding"][tokens] + params["positions"][: len(tokens)]) * np.sqrt(width)
     for i in range(2):
         normed = _rms_norm(x)
-        query, key, value = (normed @ params[f"{name}_{i}"] for name in ("query", "key", "value"))
+        query, key, value = (normed @ params[f"{name}_{i}_kernel"] for name in ("query", "key", "value"))
         attended = np.zeros_like(x)
         for head in range(num_heads):
             at = slice(head * 4, head * 4 + 4)
             for position in range(len(tokens)):
                 weights = np.exp(key[:, at] @ query[position, at] / 2)
                 attended[position, at] = weights @ value[:, at] / weights.sum()
-        x = x + attended @ params[f"attention_output_{i}"]
-        x = x + np.maximum(_rms_norm(x) @ params[f"mlp_in_{i}"], 0) ** 2 @ params[f"mlp_out_{i}"]
+        x = x + attended @ params[f"attention_output_{i}_kernel"]
+        x = x + np.maximum(_rms_norm(x) @ params[f"mlp_in_{i}_kernel"], 0) ** 2 @ params[f"mlp_out_{i}_kernel"]
     return _rms_norm(x)
 
 
