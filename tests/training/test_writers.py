@@ -95,6 +95,7 @@ def test_wandb_missing_is_one_clear_line(tmp_path, monkeypatch):
         writers.make_writer(logging_config(wandb=True), tmp_path)
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_scalars_texts_and_the_run_id(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
