@@ -1,0 +1,33 @@
+"""Lays samples out as a page: JSONL files of `main.py --mode=sample --output=FILE`, in the order given.
+
+uv run benchmarks/samples_page.py samples_1000.jsonl samples_4900.jsonl > docs/mini_samples.md
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(paths: list[str]) -> None:
+    if not paths:
+        sys.exit(f"error: name the JSONL files\n{__doc__}")
+    for path in paths:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        samples = [json.loads(line) for line in lines if line]
+        first = samples[0]
+        print(
+            f"## Step {first['checkpoint_step']}\n\n"
+            f"{first['scheduler']}, {first['num_steps']} steps, guidance {first['guidance_scale']}, "
+            f"temperature {first['temperature']}, at most {first['seq_len']} tokens, seed {first['seed']}\n"
+        )
+        prompt = None
+        for sample in samples:
+            if sample["prompt"] != prompt:
+                prompt = sample["prompt"]
+                print(f"### {prompt or 'no prompt'}\n")
+            # A fence that no sample can close; the text is shown as it is.
+            print(f"{sample['index']}.\n\n```````text\n{sample['text']}\n```````\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
