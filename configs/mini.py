@@ -1,6 +1,9 @@
 """10 M parameters: the best text that two cores can reach in an hour or two.
 
 uv run main.py --config=configs/mini.py --workdir=workdir_mini
+
+On two cores of an AMD EPYC, 4,900 steps took 54 minutes and reached a held-out cross-entropy of 4.04 nats a token
+(docs/results.md); 6,000 steps are a little over an hour.
 """
 
 import runpy
