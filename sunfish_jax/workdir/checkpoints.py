@@ -59,16 +59,13 @@ class Checkpoints:
         """Returns the step with the lowest held-out loss, or None where none was measured."""
         return self._manager.best_step()
 
-    def save(
-        self, step: int, state: Any, metrics: Mapping[str, float] | None = None, *, force: bool = False
-    ) -> None:
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Saves `state`, a pytree of arrays, as `step`; a step that is there already is left as it is.
 
         Args:
             step: optimiser steps taken.
             state: the train state.
             metrics: `{"held_out": loss}` where it was measured at this step.
-            force: save even if a newer step is there.
 
         Raises:
             UserError: the disk is full or cannot be written.
@@ -80,7 +77,6 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=ocp.args.PyTreeSave(jax.tree.map(_key_to_words, state))),
                 metrics=metrics,
-                force=force,
             )
             self._manager.wait_until_finished()
         except Exception as error:
