@@ -70,6 +70,8 @@ dense.defvjp(_dense_forward, _dense_backward)
 def squared_relu_mlp(x: jax.Array, kernel_in: jax.Array, kernel_out: jax.Array) -> jax.Array:
     """relu(x @ kernel_in)^2 @ kernel_out, keeping one narrow array for the backward pass.
 
+    What is kept is the square: its root gives relu(x @ kernel_in) back, which the gradient of the square needs.
+
     Args:
       x: [N, K], cast to the kernels' dtype.
       kernel_in: [K, M].
@@ -81,25 +83,20 @@ def squared_relu_mlp(x: jax.Array, kernel_in: jax.Array, kernel_out: jax.Array) 
     return _mlp_forward(x, kernel_in, kernel_out)[0]
 
 
-def _square(r):
-    # Element-wise work between dots is done in float32: XLA:CPU rounds after every bfloat16 operation.
-    return jnp.square(r.astype(jnp.float32)).astype(r.dtype)
-
-
 def _mlp_forward(x, kernel_in, kernel_out):
-    dtype = kernel_in.dtype
-    low = x.astype(dtype)
-    r = jax.nn.relu(jnp.dot(low, kernel_in, preferred_element_type=dtype))
-    y = jnp.dot(_square(r), kernel_out, preferred_element_type=jnp.float32)
-    return y, (low, r, kernel_in, kernel_out, jnp.zeros((0,), x.dtype))
+    low = x.astype(kernel_in.dtype)
+    hidden = jnp.dot(low, kernel_in, preferred_element_type=jnp.float32)
+    squared = jnp.square(jax.nn.relu(hidden)).astype(kernel_in.dtype)
+    y = jnp.dot(squared, kernel_out, preferred_element_type=jnp.float32)
+    return y, (low, squared, kernel_in, kernel_out, jnp.zeros((0,), x.dtype))
 
 
 def _mlp_backward(residuals, g):
-    low, r, kernel_in, kernel_out, like_x = residuals
+    low, squared, kernel_in, kernel_out, like_x = residuals
     g = g.astype(kernel_out.dtype)
-    d_kernel_out = kernel_gradient(_square(r), g)
-    d_square = input_gradient(g, kernel_out, jnp.float32)
-    d_hidden = (2.0 * r.astype(jnp.float32) * d_square).astype(kernel_in.dtype)
+    d_kernel_out = kernel_gradient(squared, g)
+    d_squared = input_gradient(g, kernel_out, jnp.float32)
+    d_hidden = (2.0 * jnp.sqrt(squared.astype(jnp.float32)) * d_squared).astype(kernel_in.dtype)
     d_kernel_in = kernel_gradient(low, d_hidden)
     return input_gradient(d_hidden, kernel_in, like_x.dtype), d_kernel_in, d_kernel_out
 
