@@ -86,7 +86,14 @@ def scale_by_muon(compute_dtype: jnp.dtype) -> optax.GradientTransformation:
 
     def direction(updates, params=None):
         del params
-        return jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * orthogonalize(u, compute_dtype), updates)
+        leaves, tree = jax.tree.flatten(updates)
+        directions = [None] * len(leaves)
+        for shape in sorted({leaf.shape for leaf in leaves}):
+            places = [place for place, leaf in enumerate(leaves) if leaf.shape == shape]
+            together = orthogonalize(jnp.stack([leaves[place] for place in places]), compute_dtype)
+            for place, matrix in zip(places, 0.2 * max(shape) ** 0.5 * together, strict=True):
+                directions[place] = matrix
+        return jax.tree.unflatten(tree, directions)
 
     return optax.chain(optax.trace(_MUON_MOMENTUM, nesterov=True), optax.stateless(direction))
 
