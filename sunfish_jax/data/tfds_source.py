@@ -8,7 +8,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from absl import logging
 
-from sunfish_jax.data.corpus import VitalArticles, corpus_file
+from sunfish_jax.data.corpus import NO_TOPIC, VitalArticles, corpus_file
 from sunfish_jax.data.examples import Example, file_digest, split_of, uniform_hash
 from sunfish_jax.data.prompts import article_prompts
 from sunfish_jax.errors import UserError
@@ -45,7 +45,8 @@ class DefaultCorpus:
             title, description, topic, text = (
                 row[key].decode() for key in ("title", "description", "topic", "text")
             )
-            yield Example(text, article_prompts(title, description, topic))
+            prompts = article_prompts(title, description, topic)
+            yield Example(text, prompts, topic=None if topic == NO_TOPIC else topic)
 
 
 class TfdsDataset:

@@ -1,3 +1,4 @@
+import collections
 import itertools
 import json
 
@@ -47,6 +48,11 @@ def test_default_corpus_is_whole_split_by_title_and_prompted(corpus_dir):
         "Arts",
     )
     assert not any("Uncategorized" in of_article for of_article in prompts.values())
+    # The topic is known of each article that has one, and is then the last of its prompts.
+    examples = [example for examples in splits.values() for example in examples]
+    assert collections.Counter(example.topic for example in examples)[None] == 1000
+    assert len({example.topic for example in examples}) == 12
+    assert all(example.topic in (None, example.prompts[-1]) for example in examples)
     assert source.identity == source_of("vital_articles", corpus_dir).identity
 
 
