@@ -19,18 +19,19 @@ def rms_norm(x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + _EPSILON) * scale
 
 
-def rotary(x: jax.Array) -> jax.Array:
+def rotary(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
     """Rotary position embedding (Su et al. 2021) along the sequence.
 
     Args:
       x: [B, H, S, d], d even.
+      first: the position of the first of the S.
 
     Returns:
-      [B, H, S, d] in x's dtype: pair (i, i + d/2) turned by the angle s * base^(-2i/d).
+      [B, H, S, d] in x's dtype: pair (i, i + d/2) turned by the angle (first + s) * base^(-2i/d).
     """
     length, half = x.shape[-2], x.shape[-1] // 2
     frequencies = _ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    angles = (first + jnp.arange(length, dtype=jnp.float32))[:, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -73,7 +74,10 @@ class NoiseLevelFeatures(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention to the prompt, and a squared-ReLU feed-forward layer, all pre-norm."""
+    """Self-attention, cross-attention to the prompt, and a squared-ReLU feed-forward layer, all pre-norm.
+
+    A causal layer reads a position's past and itself alone.
+    """
 
     width: int
     num_heads: int
@@ -82,6 +86,7 @@ class TransformerLayer(nn.Module):
     dropout: float
     site: int
     dtype: jnp.dtype
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x, scales, prompt_keys, prompt_values, prompt_mask, row_seeds):
@@ -89,7 +94,7 @@ class TransformerLayer(nn.Module):
 
         Args:
           x: [B, S, W] float32, the residual stream.
-          scales: three [B, 1, W], what the norms' outputs are multiplied with.
+          scales: three [B, 1, W] or [W], what the norms' outputs are multiplied with.
           prompt_keys, prompt_values: [B, H, P, d].
           prompt_mask: [B, P] bool.
           row_seeds: [B] uint32 for dropout, or None.
@@ -107,7 +112,7 @@ class TransformerLayer(nn.Module):
             if not self.conv_width:
                 return h
             taps = self.param(name, nn.initializers.zeros, (self.conv_width, width))
-            return h + depthwise_convolution(h, taps)
+            return h + depthwise_convolution(h, taps, self.causal)
 
         def residual(branch, site):
             return x + dropout(branch.reshape(x.shape), row_seeds, 3 * self.site + site, self.dropout)
@@ -115,7 +120,7 @@ class TransformerLayer(nn.Module):
         h = local(rms_norm(x, scales[0]), "attention_taps").reshape(-1, width)
         qkv = dense(h, kernel("attention_in", width, 3 * width), self.dtype)
         q, k, v = (split_heads(part, batch, self.num_heads) for part in jnp.split(qkv, 3, axis=-1))
-        h = merge_heads(attention(rotary(q), rotary(k), v, None))
+        h = merge_heads(attention(rotary(q), rotary(k), v, None, self.causal))
         x = residual(dense(h, kernel("attention_out", width, width, nn.initializers.zeros)), 0)
 
         h = rms_norm(x, scales[1]).reshape(-1, width)
