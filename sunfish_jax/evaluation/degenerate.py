@@ -1,0 +1,71 @@
+"""Texts that every figure is shown beside: real ones of the samples' lengths, and bad ones on purpose.
+
+A figure on which a bad text does as well as a real one cannot tell a good model from that kind of bad one.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sunfish_jax.evaluation.text_statistics import WORD, words
+
+
+def cut(text: str, num_words: int) -> str:
+    """The beginning of a text up to the end of word `num_words`; all of a text with no more words than that."""
+    ends = [match.end() for match in WORD.finditer(text)]
+    if num_words >= len(ends):
+        return text
+    return text[: ends[num_words - 1]] if num_words else ""
+
+
+def cut_like(texts: Sequence[str], samples: Sequence[str]) -> list[str]:
+    """Real texts cut to as many words as the samples have, one for one.
+
+    A text that is shorter than its sample stays as it is.
+    """
+    return [cut(text, len(words(sample))) for text, sample in zip(texts, samples, strict=True)]
+
+
+def shuffled_words(texts: Sequence[str], seed: int = 0) -> list[str]:
+    """Each text's words in random order, with the punctuation that is attached to them."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.permutation(text.split()).tolist()) for text in texts]
+
+
+def repeated_word(texts: Sequence[str], seed: int = 0) -> list[str]:
+    """One of each text's words, drawn at random, said as often as the text has words."""
+    rng = np.random.default_rng(seed)
+    return [" ".join([str(rng.choice(of_text))] * len(of_text)) if of_text else "" for of_text in map(words, texts)]
+
+
+def training_text(train_texts: Sequence[str], texts: Sequence[str], seed: int = 0) -> list[str]:
+    """For each text the beginning of a training text, drawn at random, of as many words.
+
+    Where no training text is that long, the longest is taken.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = np.array([len(words(text)) for text in train_texts])
+    result = []
+    for wanted in (len(words(text)) for text in texts):
+        choices = np.flatnonzero(lengths >= min(wanted, lengths.max()))
+        result.append(cut(train_texts[rng.choice(choices)], wanted))
+    return result
+
+
+def degenerate_texts(texts: Sequence[str], train_texts: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
+    """What a sampler without any merit could write in place of real texts.
+
+    Args:
+        texts: Real texts, as `cut_like` makes them.
+        train_texts: The training text.
+        seed: Of all that is drawn.
+
+    Returns:
+        Texts in the order of `texts` and, but for training texts that are too short, of the same number of words,
+        by name.
+    """
+    return {
+        "shuffled words": shuffled_words(texts, seed),
+        "one word repeated": repeated_word(texts, seed),
+        "training text": training_text(train_texts, texts, seed),
+    }
