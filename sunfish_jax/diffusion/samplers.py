@@ -13,10 +13,9 @@ import numpy as np
 
 from sunfish_jax.diffusion import process
 from sunfish_jax.diffusion.guidance import Denoise
+from sunfish_jax.diffusion.names import SCHEDULERS
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.errors import UserError
-
-SCHEDULERS = ("ddim", "ddpm", "dpmpp")
 
 # The first and the last noise level, as quantiles of the schedule.
 FIRST_QUANTILE, LAST_QUANTILE = 1.0 - 1e-3, 1e-3

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sunfish_jax.diffusion.names import SCHEDULES
 from sunfish_jax.errors import UserError
 
 # Where the fitted parameters must stay, whatever a few odd batches say. mu = ln D - 1.92 is 1.5 to 6 for any
@@ -139,8 +140,6 @@ class SqrtSchedule(_FixedSchedule):
 
 
 Schedule = GumbelSchedule | LinearSchedule | CosineSchedule | SqrtSchedule
-
-SCHEDULES = ("gumbel", "linear", "cosine", "sqrt")
 
 
 def make_schedule(name: str, embedding_dim: int, vocab_size: int) -> Schedule:

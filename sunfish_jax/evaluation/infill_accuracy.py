@@ -12,7 +12,8 @@ from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.evaluation.held_out import shuffled_order
-from sunfish_jax.generation.generator import Constraint, Settings, generate, sample_keys
+from sunfish_jax.generation.generator import Constraint, generate, sample_keys
+from sunfish_jax.generation.options import Settings
 
 LONGEST_GAP = 4
 # Given tokens between two gaps.

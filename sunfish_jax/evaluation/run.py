@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +16,9 @@ from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.bound import bits_per_byte
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
 from sunfish_jax.evaluation.infill_accuracy import infill_accuracy
-from sunfish_jax.generation.generator import Settings
+from sunfish_jax.generation.options import Settings
 from sunfish_jax.models.prompt_table import PromptTable
+from sunfish_jax.workdir.json_file import write_json
 from sunfish_jax.workdir.run import load_run
 
 RESULT_FILE = "eval.json"
@@ -87,7 +86,7 @@ def run(workdir: Path, checkpoint: str, split: str) -> dict:
             f"{bound.num_rows} rows, {bound.num_bytes} bytes)",
             flush=True,
         )
-    _write(workdir / RESULT_FILE, result)
+    write_json(workdir / RESULT_FILE, result)
     return result
 
 
@@ -105,9 +104,3 @@ def table(figures: Mapping[str, float]) -> str:
         f"{figures['embeddings/nearest_neighbour_distance']:.3f} of their norm",
     ]
     return "\n".join(lines)
-
-
-def _write(path: Path, result: dict) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)

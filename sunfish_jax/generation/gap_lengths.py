@@ -11,7 +11,8 @@ import numpy as np
 from sunfish_jax.diffusion import process, samplers
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.generation import gaps
-from sunfish_jax.generation.generator import Constraint, Settings, generate, sample_keys, take_rows
+from sunfish_jax.generation.generator import Constraint, generate, sample_keys, take_rows
+from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.models.prompt import Prompt
 

@@ -1,6 +1,5 @@
 """One compiled function from prompts and random keys to rows of tokens."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -10,44 +9,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from sunfish_jax.diffusion import samplers
 from sunfish_jax.diffusion.guidance import guided
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.generation.gaps import Layout
-from sunfish_jax.generation.options import GenerationOptions
+from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.models.denoiser import PromptKeysValues
 from sunfish_jax.models.prompt import Prompt
 
 # Positions in one call: more rows are done in turns, so that the logits fit into memory.
 _POSITIONS_AT_ONCE = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to sample: the keys of `config.sampling` that decide what comes out."""
-
-    scheduler: str
-    num_steps: int
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    temperature: float
-
-    @classmethod
-    def make(cls, sampling: ConfigDict, options: GenerationOptions | None = None) -> "Settings":
-        """The run's own settings, with what the options give in their place."""
-        values = {field.name: sampling[field.name] for field in dataclasses.fields(cls)}
-        values["guidance_interval"] = tuple(values["guidance_interval"])
-        for name in values:
-            if getattr(options, name, None) is not None:
-                values[name] = getattr(options, name)
-        return cls(**values)
-
-    def with_steps(self, num_steps: int) -> "Settings":
-        """The same in another number of steps."""
-        return dataclasses.replace(self, num_steps=num_steps)
 
 
 @flax.struct.dataclass

@@ -6,8 +6,8 @@ import numpy as np
 
 from sunfish_jax.generation import gaps
 from sunfish_jax.generation.gap_lengths import choose_lengths
-from sunfish_jax.generation.generator import Constraint, Settings, generate, sample_keys, take_rows
-from sunfish_jax.generation.options import InfillOptions
+from sunfish_jax.generation.generator import Constraint, generate, sample_keys, take_rows
+from sunfish_jax.generation.options import InfillOptions, Settings
 from sunfish_jax.generation.output import StepCounter, jsonl_writer, provenance
 from sunfish_jax.models.prompt import round_up
 from sunfish_jax.models.prompt_encoder import encode_prompts

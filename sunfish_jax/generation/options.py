@@ -1,12 +1,14 @@
-"""What a person asked for when generating, checked before anything heavy is imported."""
+"""What a person asked for when generating, checked before anything heavy is imported, and the settings it makes."""
 
 import dataclasses
 import math
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from sunfish_jax.diffusion.names import SCHEDULERS
 from sunfish_jax.errors import UserError
 
-SCHEDULERS = ("ddim", "ddpm", "dpmpp")
 # An encoder reads 64 tokens or so: what is much longer than that was not meant as a prompt.
 MAX_PROMPT_CHARACTERS = 2000
 
@@ -89,6 +91,31 @@ class InfillOptions(GenerationOptions):
             raise UserError(
                 f"--text={shortened(self.text)!r} has no gap: write [MASK] or [MASK:n] where one is to be"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample: the keys of `config.sampling` that decide what comes out."""
+
+    scheduler: str
+    num_steps: int
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    temperature: float
+
+    @classmethod
+    def make(cls, sampling: ConfigDict, options: GenerationOptions | None = None) -> "Settings":
+        """The run's own settings, with what the options give in their place."""
+        values = {field.name: sampling[field.name] for field in dataclasses.fields(cls)}
+        values["guidance_interval"] = tuple(values["guidance_interval"])
+        for name in values:
+            if getattr(options, name, None) is not None:
+                values[name] = getattr(options, name)
+        return cls(**values)
+
+    def with_steps(self, num_steps: int) -> "Settings":
+        """The same in another number of steps."""
+        return dataclasses.replace(self, num_steps=num_steps)
 
 
 def check_prompt(prompt: str) -> None:

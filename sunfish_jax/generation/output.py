@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 
 from sunfish_jax.errors import UserError
-from sunfish_jax.generation.options import GenerationOptions
+from sunfish_jax.generation.options import GenerationOptions, Settings
 
 if TYPE_CHECKING:
-    from sunfish_jax.generation.generator import Settings
     from sunfish_jax.workdir.run import Run
 
 
@@ -30,7 +29,7 @@ def decode(tokens: np.ndarray, tokenizer) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def provenance(run: "Run", options: GenerationOptions, settings: "Settings") -> dict:
+def provenance(run: "Run", options: GenerationOptions, settings: Settings) -> dict:
     """What all samples of one call have in common and each record keeps, to be made again."""
     config = json.dumps(run.config.to_dict(), sort_keys=True, default=str)
     return {

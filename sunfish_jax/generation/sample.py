@@ -7,8 +7,8 @@ import flax.linen as nn
 import numpy as np
 
 from sunfish_jax.diffusion.schedules import Schedule
-from sunfish_jax.generation.generator import Settings, generate, sample_keys, take_rows
-from sunfish_jax.generation.options import SampleOptions
+from sunfish_jax.generation.generator import generate, sample_keys, take_rows
+from sunfish_jax.generation.options import SampleOptions, Settings
 from sunfish_jax.generation.output import StepCounter, decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import encode_prompts

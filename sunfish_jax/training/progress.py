@@ -3,10 +3,13 @@
 import dataclasses
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from sunfish_jax.workdir.json_file import write_json
+
+TOTALS_FILE = "progress.json"
 
 
 @dataclasses.dataclass
@@ -77,9 +80,7 @@ def save_totals(workdir: Path, progress: Progress):
     """Keeps the totals at this step, beside its checkpoint."""
     totals = {step: value for step, value in _read_totals(workdir).items() if int(step) < progress.step}
     totals[str(progress.step)] = {"seconds": round(progress.seconds, 3), "real_tokens": progress.real_tokens}
-    unfinished = workdir / "progress.json.tmp"
-    unfinished.write_text(json.dumps(totals, indent=1))
-    os.replace(unfinished, workdir / "progress.json")
+    write_json(workdir / TOTALS_FILE, totals)
 
 
 def load_totals(workdir: Path, step: int, num_steps: int) -> Progress:
@@ -88,5 +89,5 @@ def load_totals(workdir: Path, step: int, num_steps: int) -> Progress:
 
 
 def _read_totals(workdir: Path) -> dict:
-    file = workdir / "progress.json"
+    file = workdir / TOTALS_FILE
     return json.loads(file.read_text()) if file.exists() else {}

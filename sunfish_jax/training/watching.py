@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
-from sunfish_jax.generation.generator import Settings
+from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt_encoder import encode_prompts
 from sunfish_jax.training.interrupt import StopRequest

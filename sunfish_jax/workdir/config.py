@@ -3,14 +3,15 @@
 import difflib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from sunfish_jax.diffusion.names import SCHEDULERS, SCHEDULES
 from sunfish_jax.errors import UserError
+from sunfish_jax.workdir.json_file import write_json
 
 CONFIG_FILE = "config.json"
 HISTORY_FILE = "config_history.jsonl"
@@ -23,9 +24,9 @@ _FIXED_KEYS = ("diffusion.schedule", "optimizer.name", "train.seed", "train.init
 _CHOICES = {
     "model.compute_dtype": ("auto", "bfloat16", "float32"),
     "prompt_encoder.name": ("minilm", "transformer", "gpt2"),
-    "diffusion.schedule": ("gumbel", "linear", "cosine", "sqrt"),
+    "diffusion.schedule": SCHEDULES,
     "optimizer.name": ("muon", "adamw"),
-    "sampling.scheduler": ("ddim", "ddpm", "dpmpp"),
+    "sampling.scheduler": SCHEDULERS,
 }
 
 _Check = Callable[[float], bool]
@@ -192,9 +193,7 @@ def record_config(workdir: Path, config: ConfigDict, step: int) -> dict[str, tup
         if changes:
             with open(workdir / HISTORY_FILE, "a", encoding="utf-8") as history:
                 history.write(json.dumps({"step": step, "changed": changes}) + "\n")
-        temporary = workdir / (CONFIG_FILE + ".tmp")
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, workdir / CONFIG_FILE)
+        write_json(workdir / CONFIG_FILE, config.to_dict())
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
     return changes

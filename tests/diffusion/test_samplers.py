@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sunfish_jax.diffusion import process, samplers, schedules
+from sunfish_jax.diffusion.names import SCHEDULERS
 from sunfish_jax.errors import UserError
 
 VOCAB, DIM, LENGTH, ROWS = 11, 6, 5, 3
@@ -127,7 +128,7 @@ def test_steps_keep_the_digits_that_float32_would_lose():
     np.testing.assert_allclose(steps.x_hat[:-1], factor, rtol=1e-6)
 
 
-@pytest.mark.parametrize("scheduler", samplers.SCHEDULERS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_samples_follow_the_distribution_that_the_denoiser_knows(scheduler):
     """With the exact posterior of a single token as the denoiser, tokens must come out as often as they are."""
     frequencies = np.array([0.55, 0.25, 0.15, 0.05])

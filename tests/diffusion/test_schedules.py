@@ -7,16 +7,17 @@ import optax
 import pytest
 
 from sunfish_jax.diffusion import schedules
+from sunfish_jax.diffusion.names import SCHEDULES
 from sunfish_jax.errors import UserError
 
 QUANTILES = np.linspace(0.001, 0.999, 999)
 
 
 def all_schedules():
-    return {name: schedules.make_schedule(name, 64, 4096) for name in schedules.SCHEDULES}
+    return {name: schedules.make_schedule(name, 64, 4096) for name in SCHEDULES}
 
 
-@pytest.mark.parametrize("name", schedules.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_gamma_grows_with_the_quantile_and_cdf_inverts_it(name):
     schedule = all_schedules()[name]
     gamma = np.asarray(schedule.gamma(jnp.asarray(QUANTILES, jnp.float32)))
@@ -24,7 +25,7 @@ def test_gamma_grows_with_the_quantile_and_cdf_inverts_it(name):
     np.testing.assert_allclose(schedule.cdf(gamma), QUANTILES, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", schedules.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_density_is_the_derivative_of_the_cdf(name):
     schedule = all_schedules()[name]
     with jax.enable_x64(True):

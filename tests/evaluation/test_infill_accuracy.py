@@ -7,7 +7,7 @@ from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.schedules import make_schedule
 from sunfish_jax.evaluation.infill_accuracy import choose_gaps, infill_accuracy
-from sunfish_jax.generation.generator import Settings
+from sunfish_jax.generation.options import Settings
 from sunfish_jax.models.prompt import Prompt
 
 VOCAB, DIM = 20, 16

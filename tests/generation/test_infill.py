@@ -7,8 +7,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.generation import gap_lengths, gaps, infill
-from sunfish_jax.generation.generator import Settings
-from sunfish_jax.generation.options import InfillOptions
+from sunfish_jax.generation.options import InfillOptions, Settings
 
 SETTINGS = Settings("ddim", 16, 1.0, (0.1, 0.9), 1.0)
 

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.generation import sample
-from sunfish_jax.generation.generator import Settings, take_rows
-from sunfish_jax.generation.options import SampleOptions
+from sunfish_jax.generation.generator import take_rows
+from sunfish_jax.generation.options import SampleOptions, Settings
 
 SETTINGS = Settings("ddim", 4, 1.5, (0.1, 0.9), 1.0)
 
