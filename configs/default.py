@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     diffusion.infill_fraction = 0.25
 
     config.optimizer = optimizer = ConfigDict()
-    # `muon` (orthogonalised momentum for the layers' kernels, Adam for the rest) or `adamw`.
+    # `muon` (orthogonalised momentum for kernels, Adam for embeddings and vectors) or `adamw`.
     optimizer.name = "muon"
     optimizer.learning_rate = 5e-4
     # The token embeddings' learning rate, as a multiple of `learning_rate`.

@@ -50,7 +50,7 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
 
 
 def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Muon for the layers' kernels and Adam for the rest, or AdamW for all; clipped, embeddings at their own rate.
+    """Muon for the kernels and Adam for the rest, or AdamW for all; clipped, embeddings at their own rate.
 
     Args:
       config: the `optimizer` group.
@@ -59,7 +59,7 @@ def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype)
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2)
     if config.name == "muon":
-        direction = optax.partition({True: scale_by_muon(compute_dtype), False: adam}, _is_hidden_kernel)
+        direction = optax.partition({True: scale_by_muon(compute_dtype), False: adam}, _is_kernel)
     else:
         direction = adam
 
@@ -101,13 +101,6 @@ def scale_by_muon(compute_dtype: jnp.dtype) -> optax.GradientTransformation:
 def _is_kernel(params: Any) -> Any:
     """True for the matrices that features are multiplied with, False for embeddings, taps and vectors."""
     return jax.tree.map_with_path(lambda path, p: p.ndim == 2 and path[-1].key.endswith(KERNEL_SUFFIXES), params)
-
-
-def _is_hidden_kernel(params: Any) -> Any:
-    """True for the kernels inside the layers, from features to features: what Muon is for."""
-    return jax.tree.map_with_path(
-        lambda path, kernel: kernel and path[0].key.startswith("layers_"), _is_kernel(params)
-    )
 
 
 def _is_embedding(path) -> bool:
