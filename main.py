@@ -31,6 +31,7 @@ NO_CONFIG = "--config is missing: name what to train, such as --config=configs/m
 ROOT = Path(__file__).parent
 FLAGS = flags.FLAGS
 GENERATE = ("sample", "infill")
+EVAL_SAMPLES = 256
 
 flags.DEFINE_string("mode", "train", "train, sample, infill or eval")
 flags.DEFINE_string("workdir", "workdir", "Folder that holds all of a run")
@@ -38,7 +39,7 @@ config_flags.DEFINE_config_file("config", None, "train: a file with get_config()
 flags.DEFINE_multi_string("prompt", None, "sample, infill: what the text is about; may be repeated")
 flags.DEFINE_string("prompts_file", None, "sample, infill: a file with one prompt a line")
 flags.DEFINE_float("guidance_scale", None, "sample, infill: 0 ignores the prompt, 1 is no guidance")
-flags.DEFINE_integer("num_samples", None, "sample, infill: samples a prompt [1]")
+flags.DEFINE_integer("num_samples", None, "sample, infill: samples a prompt [1]; eval: samples to judge [256]")
 flags.DEFINE_integer("seq_len", None, "sample, infill: most tokens in a text [the model's block size]")
 flags.DEFINE_integer("num_steps", None, "sample, infill: denoising steps")
 flags.DEFINE_string("scheduler", None, "sample, infill: ddim, ddpm or dpmpp")
@@ -55,7 +56,8 @@ FLAG_MODES = {
     "text": ("infill",),
     "split": ("eval",),
     "checkpoint": (*GENERATE, "eval"),
-    **dict.fromkeys(("prompt", "prompts_file", "guidance_scale", "num_samples", "seq_len"), GENERATE),
+    "num_samples": (*GENERATE, "eval"),
+    **dict.fromkeys(("prompt", "prompts_file", "guidance_scale", "seq_len"), GENERATE),
     **dict.fromkeys(("num_steps", "scheduler", "temperature", "seed", "output"), GENERATE),
 }
 
@@ -100,11 +102,14 @@ def evaluate(workdir: Path) -> None:
     check_checkpoint(checkpoint)
     if split not in ("validation", "test"):
         raise UserError(f"--split={split}: give validation or test")
+    num_samples = EVAL_SAMPLES if FLAGS.num_samples is None else FLAGS.num_samples
+    if num_samples < 0:
+        raise UserError(f"--num_samples={num_samples}: give 0 (no samples) or more")
     load_config(workdir)
     prepare_process()
     from sunfish_jax.evaluation import run
 
-    run.run(workdir, checkpoint, split)
+    run.run(workdir, checkpoint, split, num_samples)
 
 
 MODES = {"train": train, "sample": sample, "infill": infill, "eval": evaluate}

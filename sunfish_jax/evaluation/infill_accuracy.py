@@ -15,24 +15,26 @@ from sunfish_jax.evaluation.held_out import shuffled_order
 from sunfish_jax.generation.generator import Constraint, generate, sample_keys
 from sunfish_jax.generation.options import Settings
 
-LONGEST_GAP = 4
+GAP_SIZES = (1, 2, 4, 8)
 # Given tokens between two gaps.
 _FEWEST_BETWEEN, _MOST_BETWEEN = 8, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class InfillAccuracy:
-    """Share of the tokens in gaps that are filled with the token that stood there.
+    """Share of the tokens in gaps of one size that are filled with the token that stood there.
 
     Attributes:
         true: With the text around the gaps.
         shuffled: With that text's tokens in random order.
+        unigram: Of the best guess that looks at nothing: always the most frequent token.
         standard_error: Of `true - shuffled`, over the rows.
         num_tokens: Tokens in gaps.
     """
 
     true: float
     shuffled: float
+    unigram: float
     standard_error: float
     num_tokens: int
 
@@ -43,10 +45,11 @@ def infill_accuracy(
     schedule: Schedule,
     rows: Sequence[Batch],
     settings: Settings,
+    most_frequent: int,
     *,
     seed: int = 0,
-) -> InfillAccuracy:
-    """Fills gaps of 1 to 4 tokens in held-out rows, without a prompt.
+) -> dict[int, InfillAccuracy]:
+    """Fills gaps in held-out rows, without a prompt.
 
     Both times the same gaps are filled from the same noise: any difference comes from what the model reads in
     the order of the words around them.
@@ -55,43 +58,61 @@ def infill_accuracy(
         model, params, schedule: As for `generate`.
         rows: Held-out batches with A = 1.
         settings: How to sample.
+        most_frequent: The most frequent token of the training text.
         seed: Of the gaps, the shuffling and the noise.
+
+    Returns:
+        The accuracy in gaps of each of `GAP_SIZES` that occurs.
     """
     counts = []
     for i, batch in enumerate(rows):
         batch = jax.tree.map(lambda leaf: np.asarray(leaf[0]), batch)
         gaps = choose_gaps(batch.padding_mask, np.random.default_rng((seed, i)))
-        known = batch.padding_mask & ~gaps
+        known = batch.padding_mask & (gaps == 0)
         prompt = batch.prompt.replace(mask=np.zeros_like(batch.prompt.mask))
         keys = sample_keys(seed, i << 16 | np.arange(len(gaps)))
-        right = []
         shuffled = np.take_along_axis(batch.tokens, shuffled_order(known, seed=i), axis=1)
+        right = []
         for given in (batch.tokens, shuffled):
             constraint = Constraint(Known(given, known), np.zeros_like(given), np.ones((1, model.vocab_size), bool))
             filled = generate(
                 model, params, schedule, prompt, keys, given.shape[1], settings, constraint=constraint
             )
-            right.append(((filled == batch.tokens) & gaps).sum(axis=-1))
-        counts.append(np.stack([*right, gaps.sum(axis=-1)], axis=-1)[gaps.any(axis=-1)])
-    true, shuffled, total = np.concatenate(counts).astype(float).T
+            right.append(filled == batch.tokens)
+        right += [batch.tokens == most_frequent, np.ones_like(known)]
+        counts.append(
+            np.stack([[(of & (gaps == size)).sum(-1) for of in right] for size in GAP_SIZES]).transpose(2, 0, 1)
+        )
+    # [rows, sizes, (true, shuffled, unigram, all)]
+    counts = np.concatenate(counts).astype(float)
+    return {size: _accuracy(counts[:, i]) for i, size in enumerate(GAP_SIZES) if counts[:, i].any()}
+
+
+def _accuracy(counts: np.ndarray) -> InfillAccuracy:
+    """counts: [rows, 4], the tokens filled right in the three ways, and all of them."""
+    counts = counts[counts[:, 3] > 0]
+    true, shuffled, unigram, total = counts.T
     margin = (true - shuffled).sum() / total.sum()
     # The standard error of a ratio of sums over independent rows, as in `bits_per_byte`.
     deviation = true - shuffled - margin * total
     n = len(total)
     error = math.sqrt(np.sum(deviation**2) * n / (n - 1)) / total.sum() if n > 1 else math.nan
-    return InfillAccuracy(true.sum() / total.sum(), shuffled.sum() / total.sum(), error, int(total.sum()))
+    shares = [float(right.sum() / total.sum()) for right in (true, shuffled, unigram)]
+    return InfillAccuracy(*shares, error, int(total.sum()))
 
 
 def choose_gaps(padding_mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gaps of 1 to 4 tokens with 8 to 16 given tokens between them: [B, S] bool, True in a gap.
+    """Gaps of `GAP_SIZES` tokens with 8 to 16 given tokens between them.
 
     The last real token, the end of text where the text ends in the row, is never in one.
+
+    Returns:
+        [B, S] int, the size of the gap that a position is in; 0 where it is in none.
     """
-    gaps = np.zeros(padding_mask.shape, bool)
+    gaps = np.zeros(padding_mask.shape, int)
     for row, length in zip(gaps, padding_mask.sum(axis=-1), strict=True):
         start = int(rng.integers(1, _FEWEST_BETWEEN))
-        while start + LONGEST_GAP < length:
-            size = int(rng.integers(1, LONGEST_GAP + 1))
-            row[start : start + size] = True
+        while start + (size := int(rng.choice(GAP_SIZES))) < length:
+            row[start : start + size] = size
             start += size + int(rng.integers(_FEWEST_BETWEEN, _MOST_BETWEEN + 1))
     return gaps

@@ -1,46 +1,61 @@
-"""`--mode=eval`: what a run has learnt, measured on held-out text."""
+"""`--mode=eval`: what a run has learnt, measured on held-out text and on samples."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from sunfish_jax.data.batches import held_out_row_numbers, held_out_rows
+from sunfish_jax.data.batches import Batch, held_out_row_numbers, held_out_rows
 from sunfish_jax.data.buckets import choose_buckets
+from sunfish_jax.data.examples import Example
 from sunfish_jax.data.sources import open_source
-from sunfish_jax.data.tokens import prepare
+from sunfish_jax.data.tokens import TokenizedSplit, prepare
 from sunfish_jax.diffusion.process import HELD_OUT_SNRS
 from sunfish_jax.errors import UserError
+from sunfish_jax.evaluation.adherence import prompted_articles
 from sunfish_jax.evaluation.bound import bits_per_byte
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
 from sunfish_jax.evaluation.infill_accuracy import infill_accuracy
+from sunfish_jax.evaluation.sample_quality import SAMPLES, QualityJudge, format_table
 from sunfish_jax.generation.options import Settings
+from sunfish_jax.generation.output import StepCounter, decode
+from sunfish_jax.generation.sample import sample_texts
+from sunfish_jax.models.prompt_encoder import encode_prompts
 from sunfish_jax.models.prompt_table import PromptTable
+from sunfish_jax.workdir.event_writer import SummaryWriter
 from sunfish_jax.workdir.json_file import write_json
-from sunfish_jax.workdir.run import load_run
+from sunfish_jax.workdir.run import Run, load_run
 
 RESULT_FILE = "eval.json"
+SAMPLES_FILE = "eval_samples.jsonl"
+# Texts are measured at this length or the block's, in tokens: about what an article of the default corpus has.
+SAMPLE_LENGTH = 128
 _INFILL_STEPS = 16
 
 
-def run(workdir: Path, checkpoint: str, split: str) -> dict:
-    """Prints the held-out figures and the likelihood bound, and writes them to `eval.json` in the workdir.
+def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
+    """Prints what was measured, and writes it to `eval.json`, the samples, and TensorBoard's files in the workdir.
 
     Args:
         workdir: The run's folder.
         checkpoint: `latest`, `best` or a step.
         split: `validation` or `test`.
+        num_samples: Texts to sample, fewer where there are fewer held-out prompts; 0 for none.
 
     Returns:
-        What is written.
+        What is written to `eval.json`.
 
     Raises:
         UserError: There is no such checkpoint, or the split is empty.
     """
     run = load_run(workdir, checkpoint)
-    config, network = run.config, (run.model, run.params)
+    config = run.config
     data_dir = workdir / "data"
     source = open_source(config.data, data_dir)
     if source.identity != run.data_identity:
@@ -56,41 +71,103 @@ def run(workdir: Path, checkpoint: str, split: str) -> dict:
     buckets = choose_buckets(splits["train"].lengths, config.data.num_buckets, config.model.block_size)
     prompts = PromptTable(run.prompt_encoder, texts.num_prompts, texts.prompt_texts)
     batches_of = functools.partial(held_out_rows, texts, buckets=buckets, config=config, prompts=prompts)
-    result = {"workdir": str(workdir), "checkpoint_step": run.step, "split": split}
-    rows = batches_of(config.eval.num_rows)
-    figures = held_out_cross_entropy(*network, rows, log_unigram=run.params["log_unigram"])
-    figures["embeddings/nearest_neighbour_distance"] = float(nearest_neighbour_distance(*network))
-    result["held_out"] = figures
-    print(f"step {run.step}, {split} text\n\n{table(figures)}", flush=True)
+    print(f"step {run.step}, {split} text", flush=True)
 
+    result = {"workdir": str(workdir), "checkpoint_step": run.step, "split": split}
+    with _section("held-out cross-entropy"):
+        result["held_out"] = held_out_figures(run, batches_of(config.eval.num_rows))
     rows = batches_of(config.eval.bound_rows)
-    numbers = held_out_row_numbers(texts, config.eval.bound_rows, buckets, config)
-    row_bytes = [np.where(part < 0, 0, texts.row_bytes[part]) for _, part in numbers]
-    settings = Settings.make(config.sampling).with_steps(min(config.sampling.num_steps, _INFILL_STEPS))
-    accuracy = infill_accuracy(*network, run.schedule, rows, settings)
-    result["infill_accuracy"] = dataclasses.asdict(accuracy)
-    print(
-        f"\ngaps of 1 to 4 tokens filled right: {accuracy.true:.3f}; with the words around them shuffled "
-        f"{accuracy.shuffled:.3f} (difference ± {accuracy.standard_error:.3f}, {accuracy.num_tokens} tokens)",
-        flush=True,
-    )
-    result["bits_per_byte"] = {}
-    for name, prompted in (("with prompt", True), ("without prompt", False)):
-        bound = bits_per_byte(
-            *network, run.schedule, rows, row_bytes, prompted=prompted, num_draws=config.eval.bound_draws
-        )
-        result["bits_per_byte"][name.replace(" ", "_")] = dataclasses.asdict(bound)
-        parts = ", ".join(f"{term} {value:.3f}" for term, value in bound.terms.items())
-        print(
-            f"bound {name}: {bound.value:.3f} ± {bound.standard_error:.3f} bits per byte ({parts}; "
-            f"{bound.num_rows} rows, {bound.num_bytes} bytes)",
-            flush=True,
-        )
+    with _section("gaps"):
+        result["infill_accuracy"] = infill_figures(run, rows)
+    with _section("bound on the likelihood"):
+        numbers = held_out_row_numbers(texts, config.eval.bound_rows, buckets, config)
+        result["bits_per_byte"] = bound_figures(run, rows, [_row_bytes(texts, part) for _, part in numbers])
+    if num_samples:
+        with _section("samples"):
+            articles = prompted_articles(list(source.examples(split)), num_samples)
+            if not articles:
+                rows = np.random.default_rng(0).permutation(texts.num_rows)[:num_samples]
+                articles = [Example(decode(texts.row(row), run.tokenizer)) for row in rows]
+            result["samples"] = sample_figures(run, list(source.examples("train")), articles)
     write_json(workdir / RESULT_FILE, result)
+    _log(run, result)
     return result
 
 
-def table(figures: Mapping[str, float]) -> str:
+def held_out_figures(run: Run, rows: list[Batch]) -> dict[str, float]:
+    """Prints and returns the cross-entropy on the grid of noise levels."""
+    figures = held_out_cross_entropy(run.model, run.params, rows, log_unigram=run.params["log_unigram"])
+    distance = nearest_neighbour_distance(run.model, run.params)
+    figures["embeddings/nearest_neighbour_distance"] = float(distance)
+    print(grid_table(figures))
+    return figures
+
+
+def infill_figures(run: Run, rows: list[Batch]) -> dict[str, dict]:
+    """Prints and returns how often gaps of each size are filled right."""
+    sampling = run.config.sampling
+    settings = Settings.make(sampling).with_steps(min(sampling.num_steps, _INFILL_STEPS))
+    most_frequent = int(np.argmax(run.params["log_unigram"]))
+    accuracies = infill_accuracy(run.model, run.params, run.schedule, rows, settings, most_frequent)
+    print("gap, tokens   filled right   with shuffled surroundings   most frequent token   (share of the tokens)")
+    for size, of in accuracies.items():
+        print(
+            f"{size:11d}   {of.true:12.3f}   {of.shuffled:8.3f} ({of.shuffled - of.true:+.3f} ± "
+            f"{of.standard_error:.3f})   {of.unigram:19.3f}   ({of.num_tokens} tokens)"
+        )
+    return {str(size): dataclasses.asdict(accuracy) for size, accuracy in accuracies.items()}
+
+
+def bound_figures(run: Run, rows: list[Batch], row_bytes: list[np.ndarray]) -> dict[str, dict]:
+    """Prints and returns the likelihood bound with and without prompts."""
+    result = {}
+    for name, prompted in (("with prompt", True), ("without prompt", False)):
+        draws = run.config.eval.bound_draws
+        bound = bits_per_byte(
+            run.model, run.params, run.schedule, rows, row_bytes, prompted=prompted, num_draws=draws
+        )
+        parts = ", ".join(f"{term} {value:.3f}" for term, value in bound.terms.items())
+        print(
+            f"{name}: {bound.value:.3f} ± {bound.standard_error:.3f} bits per byte ({parts}; "
+            f"{bound.num_rows} rows, {bound.num_bytes} bytes)",
+            flush=True,
+        )
+        result[name.replace(" ", "_")] = dataclasses.asdict(bound)
+    return result
+
+
+def sample_figures(run: Run, train: list[Example], articles: list[Example]) -> dict[str, dict[str, float]]:
+    """Samples a text for the prompt of each held-out article, saves them, and prints and returns their quality.
+
+    Where articles have no prompts the texts are sampled without.
+    """
+    prompted = all(article.prompts for article in articles)
+    prompts = [article.prompts[0] if prompted else None for article in articles]
+    settings = Settings.make(run.config.sampling)
+    texts = sample_texts(
+        run.model,
+        run.params,
+        run.schedule,
+        run.tokenizer,
+        encode_prompts(run.prompt_encoder, prompts),
+        seq_len=min(run.config.model.block_size, SAMPLE_LENGTH),
+        settings=settings,
+        counter=StepCounter.on_terminal(),
+    )
+    with open(run.workdir / SAMPLES_FILE, "w", encoding="utf-8") as file:
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), file=file)
+    judge = QualityJudge(train, articles, prompted=prompted)
+    table = judge.table(texts, lambda name: print(f"  measuring {name}", flush=True))
+    print(f"{len(texts)} texts, {settings.scheduler}, {settings.num_steps} steps", end="")
+    print(f"; each prompt is looked for among {judge.among}" if judge.among else "")
+    print(format_table(table))
+    if judge.missing:
+        print(f"no perplexity: {judge.missing}")
+    return table
+
+
+def grid_table(figures: Mapping[str, float]) -> str:
     """The held-out figures as a table, a line for each noise level."""
     lines = ["token SNR   cross-entropy   true context   shuffled   no context   (nats a token)"]
     for snr in HELD_OUT_SNRS:
@@ -104,3 +181,35 @@ def table(figures: Mapping[str, float]) -> str:
         f"{figures['embeddings/nearest_neighbour_distance']:.3f} of their norm",
     ]
     return "\n".join(lines)
+
+
+def _row_bytes(texts: TokenizedSplit, rows: np.ndarray) -> np.ndarray:
+    return np.where(rows < 0, 0, texts.row_bytes[rows])
+
+
+@contextlib.contextmanager
+def _section(title: str) -> Iterator[None]:
+    """Says what is being measured, which may take minutes, and how long it took."""
+    began = time.monotonic()
+    print(f"\n{title} ...", flush=True)
+    yield
+    print(f"({time.monotonic() - began:.0f}s)", flush=True)
+
+
+def _log(run: Run, result: Mapping) -> None:
+    """Writes the figures to TensorBoard, at the checkpoint's step."""
+    groups = {
+        "infill": result["infill_accuracy"],
+        "bits_per_byte": result["bits_per_byte"],
+        "samples": {SAMPLES: result["samples"][SAMPLES]} if "samples" in result else {},
+    }
+    scalars = dict(result["held_out"])
+    for group, members in groups.items():
+        for member, figures in members.items():
+            for name, value in figures.items():
+                if isinstance(value, int | float) and not math.isnan(value):
+                    scalars[f"{group}/{member}/{name}"] = value
+    # A folder of its own, which TensorBoard shows beside the training curves: an older checkpoint may be measured.
+    writer = SummaryWriter(str(run.workdir / f"eval_{result['split']}"))
+    writer.write_scalars(run.step, scalars)
+    writer.close()

@@ -60,8 +60,9 @@ def sample_texts(
     seq_len: int,
     settings: Settings,
     seed: int = 0,
+    counter: StepCounter | None = None,
 ) -> list[str]:
-    """One text for each of the prompts [n, P], as during training; row i is sample i."""
+    """One text for each of the prompts [n, P], for evaluation and while training; row i is sample i."""
     keys = sample_keys(seed, np.arange(len(prompt.mask)))
-    tokens = generate(model, params, schedule, prompt, keys, seq_len, settings)
+    tokens = generate(model, params, schedule, prompt, keys, seq_len, settings, counter=counter)
     return [decode(row, tokenizer) for row in tokens]

@@ -30,10 +30,10 @@ from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
 from sunfish_jax.training.step import make_train_step
 from sunfish_jax.training.watching import HELD_OUT_MEAN, Evaluate, Sample, Stopped, make_evaluate, make_sample
-from sunfish_jax.training.writers import make_writer, metric_writers
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, load_config, record_config
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER
+from sunfish_jax.workdir.writers import make_writer, metric_writers
 
 # Long steps are reported before `logging.every_steps` of them are done.
 _SECONDS_BETWEEN_LINES = 30.0

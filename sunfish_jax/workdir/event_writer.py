@@ -16,18 +16,19 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 class SummaryWriter:
     """A CLU `MetricWriter` that appends to an event file which TensorBoard reads."""
 
-    def __init__(self, logdir: str, first_step: int = 0):
+    def __init__(self, logdir: str, first_step: int | None = None):
         """Opens a new event file.
 
         Args:
             logdir: folder of the event file; made if missing.
             first_step: what earlier files in `logdir` say about later steps than this is void: a run that was
-                killed and resumes from its last checkpoint does those steps again.
+                killed and resumes from its last checkpoint does those steps again. None: all of it stays.
         """
         self._file = EventFileWriter(logdir)
-        # TensorBoard drops points at and after the step of a START.
-        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._file.add_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
+        if first_step is not None:
+            # TensorBoard drops points at and after the step of a START.
+            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._file.add_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
 
     def _add(self, step: int, summary):
         self._file.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary))

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
-from sunfish_jax.training import event_writer
+from sunfish_jax.workdir import event_writer
 
 # `clu.metric_writers` imports TensorFlow in this one submodule; ours has its place before the first import.
 sys.modules.setdefault("clu.metric_writers.summary_writer", event_writer)
@@ -69,7 +69,7 @@ class WandbWriter(event_writer.SummaryWriter):
 
 
 def make_writer(config: ConfigDict, workdir: Path, first_step: int = 0) -> metric_writers.MetricWriter:
-    """The writer of a training run, working in the background.
+    """The writer of a run's figures, working in the background.
 
     Args:
         config: the whole configuration; `logging.wandb` and `logging.name` are read.

@@ -6,7 +6,7 @@ import numpy as np
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.schedules import make_schedule
-from sunfish_jax.evaluation.infill_accuracy import choose_gaps, infill_accuracy
+from sunfish_jax.evaluation.infill_accuracy import GAP_SIZES, choose_gaps, infill_accuracy
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.models.prompt import Prompt
 
@@ -51,22 +51,33 @@ def test_gaps_are_filled_from_their_surroundings():
     model, settings = Counting(), Settings("ddim", 16, 1.5, (0.1, 0.9), 1.0)
     params = {"table": jax.random.normal(jax.random.key(0), (VOCAB, DIM))}
     schedule = make_schedule("gumbel", DIM, VOCAB)
-    accuracy = infill_accuracy(model, params, schedule, [batch(rng), batch(rng)], settings)
-    assert accuracy.true > 0.9
-    # 1 in 20 by chance.
-    assert accuracy.shuffled < 0.2
-    assert 0 < accuracy.standard_error < 0.1
-    assert accuracy.num_tokens > 50
+    rows = [batch(rng, rows=24), batch(rng, rows=24)]
+    accuracies = infill_accuracy(model, params, schedule, rows, settings, most_frequent=7)
+    assert tuple(accuracies) == GAP_SIZES
+    for size, accuracy in accuracies.items():
+        # A neighbour on each side is at most two tokens away in all but the longest gaps.
+        assert accuracy.true > (0.9 if size <= 4 else 0.5)
+        # 1 in 20 by chance, which all tokens of a gap share: the others follow from the first.
+        assert accuracy.shuffled < 0.25
+        assert 0 < accuracy.standard_error < 0.15
+        assert accuracy.num_tokens >= 10 * size
+    gaps = [choose_gaps(rows[i].padding_mask[0], np.random.default_rng((0, i))) for i in range(2)]
+    for size, accuracy in accuracies.items():
+        there = np.concatenate([row.tokens[0][gap == size] for row, gap in zip(rows, gaps, strict=True)])
+        assert accuracy.num_tokens == len(there)
+        assert accuracy.unigram == (there == 7).mean()
 
 
-def test_gaps_have_one_to_four_tokens_apart_and_spare_the_end():
+def test_gaps_have_their_sizes_apart_and_spare_the_end():
     mask = np.arange(256) < np.random.default_rng(1).integers(0, 257, size=(50, 1))
     gaps = choose_gaps(mask, np.random.default_rng(0))
     sizes, betweens = set(), set()
     for row, real in zip(gaps, mask, strict=True):
         assert not row[max(0, real.sum() - 1) :].any()
         edges = np.flatnonzero(np.diff(np.concatenate([[0], row, [0]])))
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            assert (row[start:end] == end - start).all()
         sizes |= set((edges[1::2] - edges[::2]).tolist())
         betweens |= set((edges[2::2] - edges[1:-1:2]).tolist())
-    assert sizes == {1, 2, 3, 4}
+    assert sizes == set(GAP_SIZES)
     assert min(betweens) >= 8

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sunfish_jax.errors import UserError
-from sunfish_jax.training import event_writer, writers
+from sunfish_jax.workdir import event_writer, writers
 
 
 def logging_config(wandb=False):
@@ -80,13 +80,13 @@ def test_writers_have_every_method_of_clus_interface(writer_class):
 
 def test_clu_works_without_tensorflow_or_torch():
     code = (
-        "import sys; import sunfish_jax.training.writers; "
+        "import sys; import sunfish_jax.workdir.writers; "
         "from clu import metric_writers, periodic_actions, parameter_overview; "
         "print(metric_writers.SummaryWriter.__module__, "
         "[m for m in ('tensorflow', 'torch', 'wandb') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert run.stdout.strip() == "sunfish_jax.training.event_writer []", run.stderr
+    assert run.stdout.strip() == "sunfish_jax.workdir.event_writer []", run.stderr
 
 
 def test_wandb_missing_is_one_clear_line(tmp_path, monkeypatch):
