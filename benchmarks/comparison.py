@@ -3,36 +3,43 @@
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from agreement import both_logits
+from agreement import Inputs, check_same, moved, our_logits, plain_logits, twin_logits
 from epoch_mix import Typical, typical_batches
 from flops import useful_flops
 from jax.sharding import Mesh
 from matrix_rate import MatrixRate
 from ml_collections import ConfigDict
 from plain_flax import PlainState, make_plain, make_plain_state, make_plain_step, plain_params
+from torch_peers import FirstSunFishSteps, TwinSteps, make_twin, number_formats
+from torch_process import TorchProcess
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser
-from sunfish_jax.training.preparation import prepare_run
+from sunfish_jax.training.preparation import Prepared, prepare_run
 from sunfish_jax.training.sharding import make_mesh, state_shardings
-from sunfish_jax.training.state import create_state
+from sunfish_jax.training.state import TrainState, create_state
 from sunfish_jax.training.step import make_train_step
 
-# The plain network's logits differ from ours by less than this share of the largest, in float32.
-_TOLERANCE = 1e-4
+
+class Contender(Protocol):
+    """What takes optimiser steps."""
+
+    def seconds(self, batch: Batch) -> float:
+        """Takes one, from a batch in the host's memory to the new state computed; the first ones are warm-up."""
 
 
-class Contender:
+class JaxSteps:
     """A training step, compiled once for each shape of batch.
 
     Attributes:
@@ -45,7 +52,6 @@ class Contender:
         self._compiled: dict[tuple[int, ...], Callable] = {}
 
     def seconds(self, batch: Batch) -> float:
-        """Takes one optimiser step, from a batch in the host's memory to the new state computed."""
         shape = batch.tokens.shape
         if shape not in self._compiled:
             self._compiled[shape] = self._step.lower(self.state, batch).compile()
@@ -77,15 +83,61 @@ class Course:
         """Times another step at one of the row lengths."""
         self.times[index].append(self.contender.seconds(self.mix[index].batch))
 
+    def seconds(self, index: int) -> float:
+        """The median at one of the row lengths."""
+        return statistics.median(self.times[index])
+
     def per_second(self, amount: Callable[[Batch], float]) -> float:
         """What is done of something in a second, with the lengths in proportion to an epoch's steps."""
         done = sum(typical.share * amount(typical.batch) for typical in self.mix)
-        medians = map(statistics.median, self.times)
-        return done / sum(typical.share * seconds for typical, seconds in zip(self.mix, medians, strict=True))
+        return done / sum(typical.share * self.seconds(index) for index, typical in enumerate(self.mix))
 
 
-def run(name: str, config: ConfigDict, workdir: Path, repeats: int, plain_accumulate_steps: int) -> None:
-    """Measures and prints; the arguments are those of train_step.py.
+@dataclasses.dataclass(frozen=True)
+class TorchCourses:
+    """What is timed only beside PyTorch.
+
+    Attributes:
+      ours: our steps with AdamW; the configuration's own where that is AdamW.
+      twin: the twin's, of the same batches.
+      first: the first SunFish.
+      first_times: the seconds of its steps.
+      filled: the share of its positions that this corpus would fill.
+    """
+
+    ours: Course
+    twin: Course
+    first: FirstSunFishSteps
+    first_times: list[float]
+    filled: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """All that was timed.
+
+    Attributes:
+      ours: our steps, as configured.
+      ours_short: in as many forward passes as the plain network's.
+      plain: those of the plain network.
+      torch: what is timed beside PyTorch.
+    """
+
+    ours: Course
+    ours_short: Course
+    plain: Course
+    torch: TorchCourses | None
+
+
+def run(
+    name: str,
+    config: ConfigDict,
+    workdir: Path,
+    repeats: int,
+    plain_accumulate_steps: int,
+    torch: TorchProcess | None,
+) -> None:
+    """Measures and prints; the arguments are those of train_step.py, `torch` a process to compare with or None.
 
     Raises:
       UserError: the configuration cannot be prepared, or has no plain network.
@@ -97,51 +149,59 @@ def run(name: str, config: ConfigDict, workdir: Path, repeats: int, plain_accumu
         )
     prepared = prepare_run(config, workdir, None)
     model, mesh = prepared.model, make_mesh(config.train.num_devices)
-
-    def create():
-        return create_state(config, model, prepared.token_counts())
-
-    state = jax.jit(create, out_shardings=state_shardings(jax.eval_shape(create), mesh))()
+    state = make_state(config, prepared, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{name}: {parameters:,} parameters, products in {model.dtype.name}, {mesh.size} device(s)")
-    check_same_function(model, state.params)
+    check_same_function(model, state.params, torch)
     rate = MatrixRate()
     rate.measure()
 
     mix = typical_batches(config, prepared)
     fewer = min(plain_accumulate_steps, config.train.accumulate_steps)
-    short_mix = [
-        dataclasses.replace(typical, batch=jax.tree.map(lambda leaf: leaf[:fewer], typical.batch))
+    short_mix = shortened(mix, fewer)
+    # Copied before our first step gives up the buffers.
+    schedule = jax.tree.map(jnp.copy, state.schedule)
+    plain_state = make_plain_state(config, plain_params(state.params), mesh)
+    plain = faster_plain(config, model, mesh, schedule, plain_state, short_mix, repeats)
+    ours = Course.of(JaxSteps(make_train_step(config, model, mesh), state), mix)
+    short = ours if fewer == config.train.accumulate_steps else Course.of(ours.contender, short_mix)
+    in_torch = None if torch is None else prepare_torch(torch, config, prepared, mesh, ours, repeats)
+    measured = Measured(ours, short, Course.of(plain, short_mix), in_torch)
+    measure(measured, repeats, rate)
+    report(name, config, model, rate, measured)
+
+
+def make_state(config: ConfigDict, prepared: Prepared, mesh: Mesh) -> TrainState:
+    """The state before the first step, laid out as in training."""
+
+    def create():
+        return create_state(config, prepared.model, prepared.token_counts())
+
+    return jax.jit(create, out_shardings=state_shardings(jax.eval_shape(create), mesh))()
+
+
+def check_same_function(model: TextDenoiser, params: Mapping[str, Any], torch: TorchProcess | None) -> None:
+    """Raises an AssertionError unless the networks compared with return our logits in float32."""
+    params, inputs = moved(params), Inputs.random(model)
+    ours = our_logits(model, params, inputs)
+    check_same("plain Flax", ours, plain_logits(model, params, inputs))
+    if torch is not None:
+        make_twin(torch, model, params)
+        for fused_attention in (True, False):
+            check_same("the PyTorch twin", ours, twin_logits(torch, inputs, "float32", fused_attention))
+
+
+def shortened(mix: list[Typical], passes: int) -> list[Typical]:
+    """The batches with their first forward passes only."""
+    return [
+        dataclasses.replace(typical, batch=jax.tree.map(lambda leaf: leaf[:passes], typical.batch))
         for typical in mix
     ]
-    # Copied before our first step gives up the buffers.
-    plain_state = make_plain_state(config, plain_params(state.params), mesh)
-    schedule = jax.tree.map(jnp.copy, state.schedule)
-    plain = faster_plain(config, model, mesh, schedule, plain_state, short_mix, repeats)
-    ours = Contender(make_train_step(config, model, mesh), state)
-
-    real = Course.of(ours, mix)
-    compared = real if fewer == config.train.accumulate_steps else Course.of(ours, short_mix)
-    against = Course.of(plain, short_mix)
-    courses = [real, against] if compared is real else [real, compared, against]
-    for repeat in range(repeats):
-        print(f"repeat {repeat + 1} of {repeats}, rows of", end="")
-        for index, typical in enumerate(mix):
-            print(f" {typical.length}", end="", flush=True)
-            for course in courses:
-                course.repeat(index)
-        print()
-        rate.measure()
-    report(name, config, model, rate, real, compared, against)
 
 
-def check_same_function(model: TextDenoiser, params: Mapping[str, Any]) -> None:
-    """Raises an AssertionError unless the plain network returns our logits in float32."""
-    ours, plain = both_logits(model, params)
-    difference = np.abs(ours - plain).max() / np.abs(ours).max()
-    if not difference < _TOLERANCE:
-        raise AssertionError(f"the plain network's logits differ from ours by {difference:.1e} of the largest")
-    print(f"plain Flax, given our weights, returns our logits to {difference:.0e} of the largest (float32)")
+def most_frequent(mix: list[Typical]) -> Batch:
+    """The batch of the row length that most steps have."""
+    return max(mix, key=lambda typical: typical.share).batch
 
 
 def faster_plain(
@@ -152,14 +212,14 @@ def faster_plain(
     state: PlainState,
     mix: list[Typical],
     repeats: int,
-) -> Contender:
+) -> JaxSteps:
     """The plain step in float32 or bfloat16, whichever is faster at the row length of most steps."""
-    batch = max(mix, key=lambda typical: typical.share).batch
+    batch = most_frequent(mix)
     key = jax.random.key(config.train.seed)
     contenders, seconds = {}, {}
     for dtype in ("float32", "bfloat16"):
         step = make_plain_step(config, make_plain(model, jnp.dtype(dtype)), mesh, schedule, key)
-        contenders[dtype] = Contender(step, state)
+        contenders[dtype] = JaxSteps(step, state)
         seconds[dtype] = statistics.median(contenders[dtype].seconds(batch) for _ in range(repeats))
         # One state for both: each gives it up to its next step.
         state = contenders[dtype].state
@@ -170,49 +230,121 @@ def faster_plain(
     return contenders[best]
 
 
+def prepare_torch(
+    torch: TorchProcess, config: ConfigDict, prepared: Prepared, mesh: Mesh, ours: Course, repeats: int
+) -> TorchCourses:
+    """The PyTorch peers, ready to be timed, and our steps with the twin's optimiser; `ours` are as configured."""
+    state = ours.contender.state
+    make_twin(torch, prepared.model, state.params)
+    twin = TwinSteps(torch, config, state.schedule)
+    twin.choose(most_frequent(ours.mix), number_formats(prepared.model), repeats)
+    first = FirstSunFishSteps(torch)
+    print(f"the first SunFish: {first.parameters:,} parameters, {first.positions:,} positions a step", flush=True)
+    ours_adamw = ours
+    if config.optimizer.name != "adamw":
+        adamw = config.copy_and_resolve_references()
+        adamw.optimizer.name = "adamw"
+        steps = JaxSteps(make_train_step(adamw, prepared.model, mesh), make_state(adamw, prepared, mesh))
+        ours_adamw = Course.of(steps, ours.mix)
+    lengths = np.minimum(prepared.splits["train"].lengths, first.block_size)
+    return TorchCourses(
+        ours=ours_adamw,
+        twin=Course.of(twin, ours.mix),
+        first=first,
+        first_times=[],
+        filled=float(lengths.mean()) / first.block_size,
+    )
+
+
+def measure(measured: Measured, repeats: int, rate: MatrixRate) -> None:
+    """Times everything in turn, the machine's products in between."""
+    courses = [measured.ours, measured.ours_short, measured.plain]
+    if measured.torch is not None:
+        courses += [measured.torch.ours, measured.torch.twin]
+    # Some may be the same one.
+    courses = list({id(course): course for course in courses}.values())
+    for repeat in range(repeats):
+        print(f"repeat {repeat + 1} of {repeats}, rows of", end="")
+        for index, typical in enumerate(measured.ours.mix):
+            print(f" {typical.length}", end="", flush=True)
+            for course in courses:
+                course.repeat(index)
+        if measured.torch is not None:
+            print(", the first SunFish", end="", flush=True)
+            measured.torch.first_times.append(measured.torch.first.seconds())
+        print()
+        rate.measure()
+
+
 def real_tokens(batch: Batch) -> int:
     """Tokens that are no padding."""
     return int(batch.padding_mask.sum())
 
 
-def report(
-    name: str,
-    config: ConfigDict,
-    model: TextDenoiser,
-    rate: MatrixRate,
-    real: Course,
-    compared: Course,
-    against: Course,
-) -> None:
+def report(name: str, config: ConfigDict, model: TextDenoiser, rate: MatrixRate, measured: Measured) -> None:
     """Prints a line for each row length, the sums, and the JSON object."""
 
     def needed(batch: Batch) -> float:
         return useful_flops(model, batch, config.diffusion)
 
+    ours, short, plain, torch = (getattr(measured, field.name) for field in dataclasses.fields(Measured))
     peak = rate.flops_per_second
     shape = "[{}, {}] @ [{}, {}]".format(*rate.shape[:2], *rate.shape[1:])
     print(f"the machine's best bfloat16 product, {shape}: {peak / 1e9:.0f} GFLOP/s")
     print(f"a step is {config.train.accumulate_steps} forward passes", end="")
-    print(
-        "" if compared is real else f"; in the comparison it is {len(compared.mix[0].batch.tokens)} on both sides"
+    print("" if short is ours else f"; beside plain Flax it is {len(short.mix[0].batch.tokens)} on both sides")
+    titles = (
+        f"{'row length':>10} {'rows':>5} {'of steps':>8} {'real':>6} {'tokens/s':>9} {'of peak':>8} {'/ Flax':>7}"
     )
-    print(f"{'row length':>10} {'rows':>5} {'of steps':>8} {'real':>6} {'tokens/s':>9} {'of peak':>8} {'ratio':>6}")
-    for index, typical in enumerate(real.mix):
-        tokens = real_tokens(typical.batch)
-        seconds, ours, plain = (statistics.median(course.times[index]) for course in (real, compared, against))
+    print(titles + (f" {'/ twin':>7}" if torch else ""))
+    for index, typical in enumerate(ours.mix):
+        tokens, seconds = real_tokens(typical.batch), ours.seconds(index)
+        ratios = [plain.seconds(index) / short.seconds(index)]
+        ratios += [torch.twin.seconds(index) / torch.ours.seconds(index)] if torch else []
         print(
             f"{typical.length:>10} {typical.batch.tokens.shape[1]:>5} {typical.share:>8.1%} "
             f"{tokens / typical.batch.tokens.size:>6.1%} {tokens / seconds:>9.0f} "
-            f"{needed(typical.batch) / seconds / peak:>8.1%} {plain / ours:>6.2f}"
+            f"{needed(typical.batch) / seconds / peak:>8.1%}" + "".join(f" {ratio:>7.2f}" for ratio in ratios)
         )
+    tokens_per_s, plain_tokens = ours.per_second(real_tokens), plain.per_second(real_tokens)
     result = {
         "config": name,
-        "tokens_per_s": round(real.per_second(real_tokens), 1),
-        "matmul_share": round(real.per_second(needed) / peak, 4),
-        "ratio_plain_flax": round(compared.per_second(real_tokens) / against.per_second(real_tokens), 3),
+        "tokens_per_s": round(tokens_per_s, 1),
+        "matmul_share": round(ours.per_second(needed) / peak, 4),
+        "ratio_plain_flax": round(short.per_second(real_tokens) / plain_tokens, 3),
     }
-    print(f"real tokens/s: ours {result['tokens_per_s']:.0f}", end="")
-    if compared is not real:
-        print(f" ({compared.per_second(real_tokens):.0f} in the comparison)", end="")
-    print(f", plain Flax {against.per_second(real_tokens):.0f}")
+    optimizer = config.optimizer.name
+    print(f"real tokens/s: ours {tokens_per_s:.0f} with {optimizer}", end="")
+    if short is not ours:
+        print(f" ({short.per_second(real_tokens):.0f} beside plain Flax)", end="")
+    print(f", plain Flax {plain_tokens:.0f} with {optimizer} (optax's)")
+    if torch is not None:
+        result |= torch_ratios(tokens_per_s, optimizer, torch)
     print(json.dumps(result), flush=True)
+
+
+def torch_ratios(tokens_per_s: float, optimizer: str, torch: TorchCourses) -> dict[str, float]:
+    """Prints the comparison with PyTorch; returns its part of the JSON object."""
+    if "torch" in sys.modules:
+        raise AssertionError("PyTorch was imported beside JAX: the two did not have a process each")
+    ours_adamw, twin = torch.ours.per_second(real_tokens), torch.twin.per_second(real_tokens)
+    taken = torch.twin.contender.taken
+    for variant in sorted(set(taken.values())):
+        lengths = ", ".join(str(length) for length in sorted(taken) if taken[length] == variant)
+        print(f"PyTorch twin, rows of {lengths}: {variant}")
+    positions = torch.first.positions / statistics.median(torch.first_times)
+    first = positions * torch.filled
+    print(
+        f"PyTorch twin {twin:.0f} with AdamW, ours with AdamW {ours_adamw:.0f}: {ours_adamw / twin:.2f} times it; "
+        f"with {optimizer} {tokens_per_s / twin:.2f}"
+    )
+    print(
+        f"the first SunFish {first:.0f} with AdamW, {torch.filled:.0%} of its {positions:.0f} positions/s: ours "
+        f"with {optimizer} {tokens_per_s / first:.2f} times its real tokens, "
+        f"{tokens_per_s / positions:.2f} times its positions"
+    )
+    return {
+        "ratio_torch_twin": round(ours_adamw / twin, 3),
+        "ratio_torch_twin_as_configured": round(tokens_per_s / twin, 3),
+        "ratio_first_sunfish": round(tokens_per_s / positions, 3),
+    }

@@ -3,23 +3,34 @@
 uv run benchmarks/held_out_curve.py --workdir=workdir_mini --output=docs/mini_held_out.png
 """
 
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 from absl import app, flags
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from command_line import parser
 
-from sunfish_jax.diffusion.process import HELD_OUT_SNRS
+from sunfish_jax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", "workdir", "The run's folder.")
-_OUTPUT = flags.DEFINE_string("output", "held_out.png", "The picture to write.")
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+_WORKDIR = flags.DEFINE_string("workdir", "workdir", "The run's folder")
+_OUTPUT = flags.DEFINE_string("output", "held_out.png", "The picture to write")
+
+
+def check() -> None:
+    if not list(Path(_WORKDIR.value).glob("events.*")):
+        raise UserError(f"--workdir={_WORKDIR.value} holds no TensorBoard log: name a run's folder")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    if not list(Path(_WORKDIR.value).glob("events.*")):
-        sys.exit(f"error: --workdir={_WORKDIR.value} holds no TensorBoard log: name a run's folder")
+    # Here, so that --help does not wait for them.
+    import matplotlib.pyplot as plt
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from sunfish_jax.diffusion.process import HELD_OUT_SNRS
+
     log = EventAccumulator(_WORKDIR.value)
     log.Reload()
     figure, (levels, context) = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
@@ -41,14 +52,14 @@ def main(argv: list[str]) -> None:
     print(f"wrote {_OUTPUT.value}")
 
 
-def _series(log: EventAccumulator, tag: str) -> tuple[list[int], list[float]]:
+def _series(log: "EventAccumulator", tag: str) -> tuple[list[int], list[float]]:
     events = log.Scalars(tag)
     return [event.step for event in events], [event.value for event in events]
 
 
-def _draw(axes, log: EventAccumulator, tag: str, label: str, **style) -> None:
+def _draw(axes, log: "EventAccumulator", tag: str, label: str, **style) -> None:
     axes.plot(*_series(log, tag), marker=".", label=label, **style)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parser(__doc__, check))

@@ -3,18 +3,18 @@
 uv run benchmarks/memory.py --config=configs/full.py --devices=1 --devices=8
 """
 
-from absl import app, flags, logging
+from absl import app, flags
+from command_line import check_config, parser
 from ml_collections import config_flags
 
 from sunfish_jax.startup import prepare_process
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/micro.py", "The configuration.")
-_DEVICES = flags.DEFINE_multi_integer("devices", [1, 8], "Numbers of devices.", lower_bound=1)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.KEY=VALUE overrides")
+_DEVICES = flags.DEFINE_multi_integer("devices", [1, 8], "Numbers of devices", lower_bound=1)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     del argv
-    logging.set_verbosity(logging.WARNING)
     prepare_process(num_cpu_devices=max(_DEVICES.value))
     import jax
 
@@ -43,4 +43,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parser(__doc__, check_config))

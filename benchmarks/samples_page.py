@@ -7,12 +7,23 @@ import json
 import sys
 from pathlib import Path
 
+from command_line import fail
+
+from sunfish_jax.errors import UserError
+
 
 def main(paths: list[str]) -> None:
-    if not paths:
-        sys.exit(f"error: name the JSONL files\n{__doc__}")
-    for path in paths:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    if {"--help", "-help", "-h"} & set(paths):
+        print(__doc__)
+        return
+    try:
+        texts = [Path(path).read_text(encoding="utf-8") for path in paths]
+    except OSError as error:
+        fail(UserError(f"{error.filename} cannot be read: {error.strerror}"))
+    if not texts:
+        fail(UserError("no file is named: give the JSONL files, in the order in which they are to stand"))
+    for text in texts:
+        lines = text.split("\n")
         samples = [json.loads(line) for line in lines if line]
         first = samples[0]
         print(

@@ -1,86 +1,76 @@
 """Times the training step against this machine's matrix products and against the same network in plain Flax.
 
     uv run benchmarks/train_step.py --config=configs/micro.py
+    uv run --extra bench benchmarks/train_step.py --config=configs/micro.py --compare
+
+With --compare also against PyTorch: a twin of our network with AdamW, in the fastest way that PyTorch has for it,
+and the first SunFish as it shipped. Each side works while the others wait, in turn, and the medians count.
 
 The last line is one JSON object. `tokens_per_s` counts real tokens, over row lengths in the mix of an epoch;
-`matmul_share` is the needed arithmetic (flops.py) over what the best bfloat16 product would do in that time;
-`ratio_plain_flax` is our real tokens per second over those of plain_flax.py.
+`matmul_share` is the needed arithmetic (flops.py) over what the best bfloat16 product would do in that time.
+`ratio_plain_flax` is our real tokens per second over those of plain_flax.py, with the configuration's optimiser on
+both sides (optax's own Muon on theirs). `ratio_torch_twin` is that over the twin's (torch_twin.py), with AdamW on
+both sides, and `ratio_torch_twin_as_configured` with the configuration's optimiser on ours. `ratio_first_sunfish`
+is our real tokens per second, as configured, over the *positions* per second of the first SunFish
+(first_sunfish.py), as if no position of it were padding. It pads every row to 256: over its real tokens, the ratio
+is the larger one that is printed above.
 """
 
-import runpy
-import sys
 import tempfile
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
+from command_line import (
+    FLAGS,
+    check_comparison,
+    check_config,
+    config_path,
+    define_comparison,
+    fail,
+    parser,
+)
 from ml_collections import config_flags
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.startup import end_on_interrupt, prepare_process
-from sunfish_jax.workdir.config import validate_config
 
-ROOT = Path(__file__).parents[1]
-FLAGS = flags.FLAGS
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.KEY=VALUE overrides")
+config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.KEY=VALUE overrides")
 flags.DEFINE_string("workdir", None, "Folder for the prepared data [a temporary one]")
-flags.DEFINE_integer("repeats", 3, "Timed steps of each kind and row length; medians are taken", lower_bound=1)
 flags.DEFINE_integer(
     "plain_accumulate_steps",
     2,
-    "Forward passes in a step of the comparison, on both sides, if the configuration has more",
+    "Forward passes in a step of the comparison with plain Flax, on both sides, if the configuration has more",
     lower_bound=1,
 )
+define_comparison(repeats=3)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; exits with one line and code 2 if it is wrong."""
-    if {"--help", "-help", "-h"} & set(argv):
-        print(f"{__doc__}\n{FLAGS.main_module_help()}")
-        sys.exit(0)
-    try:
-        arguments = FLAGS(argv)
-        if arguments[1:]:
-            raise UserError(f"{arguments[1]!r} is not a flag: write --name=value")
-        if not FLAGS["config"].present:
-            raise UserError("--config is missing: name what to time, such as --config=configs/micro.py")
-        if not Path(config_path()).is_file():
-            raise UserError(f"--config={config_path()}: there is no such file")
-        validate_config(CONFIG.value, runpy.run_path(str(ROOT / "configs/default.py"))["get_config"]())
-    except Exception as error:  # A configuration is Python, and may raise anything.
-        fail(error)
-    FLAGS.verbosity = logging.WARNING
-    return arguments
-
-
-def config_path() -> str:
-    return config_flags.get_config_filename(FLAGS["config"])
-
-
-def fail(error: Exception) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+def check() -> None:
+    check_config()
+    check_comparison()
 
 
 def main(argv: list[str]) -> None:
     del argv
     end_on_interrupt()
-    config = CONFIG.value
-    prepare_process(config.train.num_devices)
+    prepare_process(FLAGS.config.train.num_devices)
     import comparison
+    from torch_process import torch_to_compare_with
 
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            comparison.run(
-                Path(config_path()).stem,
-                config,
-                Path(FLAGS.workdir or temporary),
-                FLAGS.repeats,
-                FLAGS.plain_accumulate_steps,
-            )
+            with torch_to_compare_with(FLAGS.compare, FLAGS.torch_python) as torch:
+                comparison.run(
+                    config_path().stem,
+                    FLAGS.config,
+                    Path(FLAGS.workdir or temporary),
+                    FLAGS.repeats,
+                    FLAGS.plain_accumulate_steps,
+                    torch,
+                )
         except UserError as error:
             fail(error)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parser(__doc__, check))

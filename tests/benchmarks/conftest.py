@@ -1,5 +1,50 @@
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
+import pytest
+
 # Benchmarks are scripts and import their neighbours by name.
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """A PyTorch process, by the Python that TORCH_PYTHON names or by this one."""
+    from torch_process import TorchProcess
+
+    python = os.environ.get("TORCH_PYTHON") or sys.executable
+    if python == sys.executable and importlib.util.find_spec("torch") is None:
+        pytest.skip("no PyTorch: install the extra `bench`, or set TORCH_PYTHON to a Python that has it")
+    with TorchProcess(python) as process:
+        process.call("start", threads=1)
+        yield process
+
+
+@pytest.fixture
+def fake_torch(tmp_path):
+    """Makes a process that answers each call with what is given for it here, instead of PyTorch."""
+    from torch_process import TorchProcess
+
+    processes = []
+
+    def make(**answers):
+        worker = tmp_path / "worker.py"
+        worker.write_text(FAKE_WORKER.format(answers=answers))
+        processes.append(TorchProcess(sys.executable, worker))
+        return processes[-1]
+
+    yield make
+    for process in processes:
+        process.close()
+
+
+FAKE_WORKER = """
+import json, sys
+answers = {answers}
+for line in sys.stdin:
+    request = json.loads(line)
+    result = answers[request["call"]]
+    print(json.dumps({{"result": result, "arrays": None}}), flush=True)
+"""

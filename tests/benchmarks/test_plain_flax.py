@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import both_logits
+from agreement import Inputs, moved, our_logits, plain_logits
 from encoders import FrozenEncoder
 from flax.traverse_util import flatten_dict, unflatten_dict
-from plain_flax import make_plain, make_plain_state, make_plain_step, plain_params
+from plain_flax import make_plain, make_plain_optimizer, make_plain_state, make_plain_step, plain_params
 
 from configs import nano
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.sharding import make_mesh
-from sunfish_jax.training.state import create_state
+from sunfish_jax.training.state import create_state, learning_rate_schedule, make_optimizer
 from sunfish_jax.training.step import make_train_step
 
 ENCODER = FrozenEncoder(output_dim=24)
@@ -29,6 +29,8 @@ def config():
     config.model.dropout = 0.1
     config.tokenizer.vocab_size = 300
     config.train.accumulate_steps = 2
+    # Muon takes long to compile and has tests of its own below.
+    config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 0.01
     config.optimizer.warmup_steps = 1
     return config
@@ -53,21 +55,26 @@ def make_batch(config, rows=16, length=16, prompt_length=8) -> Batch:
     )
 
 
-def test_given_our_weights_it_returns_our_logits(config, model):
-    ours, plain = both_logits(model, create_state(config, model).params)
+@pytest.fixture(scope="module")
+def params(config, model):
+    return moved(create_state(config, model).params)
+
+
+@pytest.fixture(scope="module")
+def ours(model, params):
+    return our_logits(model, params, Inputs.random(model))
+
+
+def test_given_our_weights_it_returns_our_logits(model, params, ours):
     assert ours.std() > 0.5
-    np.testing.assert_allclose(plain, ours, atol=1e-4)
+    np.testing.assert_allclose(plain_logits(model, params, Inputs.random(model)), ours, atol=1e-4)
 
 
 @pytest.mark.parametrize("weight", ["layers_0/mlp_taps", "layers_0/cross_in", "null_prompt"])
-def test_the_inputs_of_that_comparison_reach_every_part(config, model, weight, monkeypatch):
-    def with_one_changed(params):
-        changed = flatten_dict(params, sep="/")
-        changed[weight] = jnp.roll(changed[weight], 1, axis=-1)
-        return plain_params(unflatten_dict(changed, sep="/"))
-
-    monkeypatch.setattr("agreement.plain_params", with_one_changed)
-    ours, plain = both_logits(model, create_state(config, model).params)
+def test_the_inputs_of_that_comparison_reach_every_part(model, params, ours, weight):
+    changed = flatten_dict(params, sep="/")
+    changed[weight] = jnp.roll(changed[weight], 1, axis=-1)
+    plain = plain_logits(model, unflatten_dict(changed, sep="/"), Inputs.random(model))
     assert np.abs(plain - ours).max() > 1e-3
 
 
@@ -97,3 +104,68 @@ def test_its_step_trains_from_our_loss_on(config, model):
     # Their random numbers differ, so over few rows the losses are only about the same.
     assert losses[0] == pytest.approx(float(metrics["loss"]), rel=0.05)
     assert np.mean(losses[-5:]) < 0.93 * np.mean(losses[:5])
+
+
+def last_update(optimizer, params, gradients) -> dict:
+    """The last of the updates that a sequence of gradients leads to, by path."""
+    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+    return flatten_dict(updates, sep="/")
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_its_optimizer_goes_where_ours_goes(config, name):
+    config = config.copy_and_resolve_references()
+    config.optimizer.name = name
+    shapes = {
+        "embedding": (20, 8),
+        "null_prompt": (16,),
+        "prompt_kernel": (16, 32),
+        "layers_0/attention_taps": (3, 16),
+        "layers_0/cross_in": (16, 16),
+        "layers_0/mlp_out": (64, 16),
+    }
+    rng = np.random.default_rng(0)
+
+    def random_tree():
+        leaves = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
+        return unflatten_dict(leaves, sep="/")
+
+    params, gradients = random_tree(), [random_tree() for _ in range(6)]
+    settings = (config.optimizer, config.train.num_steps)
+    ours = last_update(make_optimizer(*settings, jnp.float32), params, gradients)
+    ours = flatten_dict(plain_params(unflatten_dict(ours, sep="/")), sep="/")
+    plain = last_update(make_plain_optimizer(*settings), plain_params(params), map(plain_params, gradients))
+    assert set(ours) == set(plain)
+    for path, update in plain.items():
+        if name == "muon" and path.endswith("kernel"):
+            # They stop at other distances from an orthogonal matrix.
+            cosine = np.vdot(update, ours[path]) / np.linalg.norm(update) / np.linalg.norm(ours[path])
+            assert cosine > 0.9, path
+            assert np.linalg.norm(update) == pytest.approx(np.linalg.norm(ours[path]), rel=0.3), path
+        else:
+            np.testing.assert_allclose(update, ours[path], rtol=1e-4, atol=1e-7, err_msg=path)
+
+
+def test_its_muon_orthogonalises_nesterov_momentum(config):
+    """Against float64: the singular values go through five quintics, the momentum is averaged and unbiased."""
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal((4, 24, 16))
+    mean, beta = 0.0, 0.95
+    for step, gradient in enumerate(gradients, 1):
+        mean = beta * mean + (1 - beta) * gradient
+        ahead = beta * mean / (1 - beta ** (step + 1)) + (1 - beta) * gradient / (1 - beta**step)
+    left, values, right = np.linalg.svd(ahead, full_matrices=False)
+    values /= np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+
+    config = config.copy_and_resolve_references()
+    config.optimizer.name, config.optimizer.weight_decay = "muon", 0.0
+    config.optimizer.clip_norm = 1e9
+    optimizer = make_plain_optimizer(config.optimizer, num_steps=100)
+    trees = [{"layers_0": {"cross_in": {"kernel": gradient.astype(np.float32)}}} for gradient in gradients]
+    update = last_update(optimizer, trees[0], trees)["layers_0/cross_in/kernel"]
+    rate = float(learning_rate_schedule(config.optimizer, 100)(3))
+    np.testing.assert_allclose(update, -rate * 0.2 * 24**0.5 * (left * values) @ right, rtol=1e-3, atol=1e-6)

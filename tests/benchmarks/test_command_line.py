@@ -1,0 +1,86 @@
+"""The command lines of the benchmarks."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NANO = f"--config={ROOT}/configs/nano.py"
+
+
+def benchmark(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train_step", ["--config:", "--compare", "--torch_python:", "--repeats:", "ratio_first_sunfish"]),
+        ("sampling", ["--config:", "--workdir:", "--compare", "--torch_python:", "--repeats:"]),
+        ("memory", ["--config:", "--devices:"]),
+        ("held_out_curve", ["--workdir:", "--output:"]),
+        ("samples_page", ["JSONL"]),
+    ],
+)
+def test_help_is_quick(tmp_path, name, words):
+    before = os.times()
+    done = benchmark(name, "--help", folder=tmp_path)
+    after = os.times()
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in words:
+        assert word in done.stdout
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("train_step", [], ["--config is missing"]),
+        ("train_step", [NANO, "fast"], ["'fast' is not a flag"]),
+        ("train_step", [NANO, "--repeets=3"], ["repeets", "repeats"]),
+        ("train_step", [NANO, "--repeats=0"], ["repeats"]),
+        ("train_step", [NANO, "--config.model.widht=3"], ["widht"]),
+        ("train_step", ["--config=nowhere.py"], ["--config=nowhere.py", "no such file"]),
+        ("train_step", [NANO, "--torch_python=python"], ["--torch_python", "without --compare"]),
+        ("train_step", [NANO, "--compare", "--torch_python=nowhere"], ["--torch_python=nowhere is no program"]),
+        ("sampling", [], ["--config is missing"]),
+        ("sampling", [NANO, "--workdir=runs"], ["both"]),
+        ("sampling", ["--workdir=nowhere"], ["--workdir=nowhere", "no run"]),
+        ("sampling", [NANO, "--config.model.num_heads=7"], ["num_heads=7"]),
+        ("memory", [], ["--config is missing"]),
+        ("held_out_curve", ["--workdir=nowhere"], ["--workdir=nowhere", "no TensorBoard log"]),
+        ("samples_page", [], ["no file is named"]),
+        ("samples_page", ["nowhere.jsonl"], ["nowhere.jsonl cannot be read"]),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_code_2(tmp_path, name, arguments, words):
+    done = benchmark(name, *arguments, folder=tmp_path)
+    assert done.returncode == 2, done
+    assert done.stdout == "" and re.fullmatch(r"error: .+\n", done.stderr), done
+    for word in words:
+        assert word in done.stderr, done
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_python_without_pytorch_is_one_line_and_code_2(tmp_path):
+    # This is no Python at all, which the parser cannot tell.
+    done = benchmark("sampling", NANO, "--compare", "--torch_python=true", folder=tmp_path)
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("error: true ended while it was asked to start")
+
+
+def test_the_worker_imports_nothing_of_jax():
+    code = (
+        "import sys; sys.argv = ['']; import torch_worker; heavy = ('jax', 'sunfish', 'torch.', 'numpy'); "
+        "print([name for name in sys.modules if name.startswith(heavy)], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "benchmarks", check=True
+    )
+    assert done.stderr.strip().endswith("[]")

@@ -1,0 +1,134 @@
+"""What train_step.py reports of measured times."""
+
+import json
+
+import numpy as np
+import pytest
+from comparison import Course, Measured, TorchCourses, measure, report
+from encoders import FrozenEncoder
+from epoch_mix import Typical
+from flops import useful_flops
+from ml_collections import ConfigDict
+
+from configs import nano
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.models.denoiser import make_model
+from sunfish_jax.models.prompt import Prompt
+
+ENCODER = FrozenEncoder(output_dim=24)
+
+
+class Fixed:
+    """A contender whose steps take a time for each position and one for each step."""
+
+    def __init__(self, each=0.0, step=0.0):
+        self.each, self.step, self.asked = each, step, []
+        self.taken = {}
+
+    def seconds(self, batch):
+        self.asked.append(batch.tokens.shape)
+        self.taken[batch.tokens.shape[-1]] = "float32, eager"
+        return self.each * batch.tokens.size + self.step
+
+
+class FixedFirst:
+    positions = 8192
+
+    def __init__(self, seconds):
+        self.times = iter(seconds)
+
+    def seconds(self):
+        return next(self.times)
+
+
+class FixedRate:
+    flops_per_second, shape = 1e9, (1024, 512, 2048)
+
+    def measure(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def config() -> ConfigDict:
+    config = nano.get_config()
+    config.tokenizer.vocab_size = 300
+    config.train.accumulate_steps = 2
+    return config
+
+
+def make_mix(passes=2) -> list[Typical]:
+    """Three quarters of the steps with rows of 16, half of them padding, and one quarter with full rows of 32."""
+
+    def batch(rows, length, real):
+        positions = np.broadcast_to(np.arange(length), (passes, rows, length))
+        prompt = Prompt(np.zeros((passes, rows, 16, 24), np.float16), np.ones((passes, rows, 16), bool))
+        return Batch(np.zeros(positions.shape, np.int32), positions < real, positions < 0, prompt)
+
+    return [Typical(batch(8, 16, 8), 0.75), Typical(batch(4, 32, 32), 0.25)]
+
+
+def make_measured(torch: bool) -> Measured:
+    mix, short_mix = make_mix(), make_mix(passes=1)
+    ours = Fixed(each=0.01)
+    courses = None
+    if torch:
+        first = FixedFirst([16.0, 90.0, 17.0])
+        twin = Course.of(Fixed(each=0.02), mix)
+        courses = TorchCourses(Course.of(Fixed(each=0.008), mix), twin, first, first_times=[], filled=0.4)
+    plain = Course.of(Fixed(each=0.03), short_mix)
+    return Measured(Course.of(ours, mix), Course.of(ours, short_mix), plain, courses)
+
+
+def measured_report(config, torch: bool, capsys) -> tuple[dict, str]:
+    measured, model = make_measured(torch), make_model(config, 300, ENCODER)
+    measure(measured, 3, FixedRate())
+    report("nano", config, model, FixedRate(), measured)
+    printed = capsys.readouterr().out
+    return json.loads(printed.rstrip().split("\n")[-1]), printed
+
+
+def test_without_pytorch(config, capsys):
+    result, printed = measured_report(config, False, capsys)
+    mix = make_mix()
+    # 256 positions a step at 0.01 s; three quarters of the steps have half of them real.
+    needed = sum(t.share * useful_flops(make_model(config, 300, ENCODER), t.batch, config.diffusion) for t in mix)
+    assert result == {
+        "config": "nano",
+        "tokens_per_s": pytest.approx(0.625 * 100, abs=0.1),
+        "matmul_share": pytest.approx(needed / 2.56 / 1e9, abs=1e-4),
+        "ratio_plain_flax": 3.0,
+    }
+    assert "PyTorch" not in printed
+
+
+def test_with_pytorch(config, capsys):
+    result, printed = measured_report(config, True, capsys)
+    # The median of the first SunFish's steps.
+    positions = 8192 / 17.0
+    assert {name: value for name, value in result.items() if name.startswith("ratio")} == {
+        "ratio_plain_flax": 3.0,
+        "ratio_torch_twin": 2.5,
+        "ratio_torch_twin_as_configured": 2.0,
+        "ratio_first_sunfish": pytest.approx(62.5 / positions, abs=1e-3),
+    }
+    assert f"{62.5 / (0.4 * positions):.2f} times its real tokens" in printed
+    assert "ours with muon" in printed and "ours with AdamW" in printed
+    assert "PyTorch twin, rows of 16, 32: float32, eager" in printed
+
+
+def test_everything_is_timed_in_turn():
+    measured = make_measured(True)
+    measure(measured, 3, FixedRate())
+    assert len(measured.torch.first_times) == 3
+    for course in (measured.ours, measured.ours_short, measured.plain, measured.torch.ours, measured.torch.twin):
+        assert [len(times) for times in course.times] == [3, 3]
+    # Ours, in whole and in shortened steps, alternate rather than coming in blocks.
+    shapes = measured.ours.contender.asked
+    assert shapes[:4] == [(2, 8, 16), (1, 8, 16), (2, 4, 32), (1, 4, 32)] and shapes[4:8] == shapes[:4]
+
+
+def test_a_course_that_is_two_things_is_timed_once():
+    ours = Course.of(Fixed(each=0.01), make_mix())
+    measured = Measured(ours, ours, Course.of(Fixed(each=0.03), make_mix()), None)
+    measure(measured, 3, FixedRate())
+    assert [len(times) for times in ours.times] == [3, 3]

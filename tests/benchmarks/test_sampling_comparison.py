@@ -1,0 +1,98 @@
+"""What sampling.py reports, with a process that stands for PyTorch."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import sampling_comparison
+from encoders import FrozenEncoder
+from sampling_comparison import Sampled, Task, run
+
+from configs import nano
+from sunfish_jax.diffusion.schedules import make_schedule
+from sunfish_jax.errors import UserError
+from sunfish_jax.models.denoiser import init_params, make_model
+from sunfish_jax.models.prompt import Prompt
+
+
+@pytest.fixture(scope="module")
+def sampled() -> Sampled:
+    config = nano.get_config()
+    config.model.num_layers = 1
+    config.model.compute_dtype = "float32"
+    encoder = FrozenEncoder(output_dim=24)
+    model = make_model(config, 300, encoder)
+    params = init_params(model, jax.random.key(0))
+    return Sampled("nano", config, model, params, make_schedule("gumbel", model.embedding_dim, 300), encoder)
+
+
+@pytest.fixture(autouse=True)
+def prompts(monkeypatch):
+    def encode_prompts(encoder, prompts):
+        shape = (len(prompts), 16)
+        return Prompt(np.ones((*shape, encoder.output_dim), np.float16), np.ones(shape, bool))
+
+    monkeypatch.setattr(sampling_comparison, "encode_prompts", encode_prompts)
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.rstrip().split("\n")[-1])
+
+
+def test_it_times_ours(sampled, capsys):
+    run(sampled, 1, None)
+    result = last_line(capsys)
+    assert list(result) == ["config", "seconds", "seconds_short"]
+    assert 0 < result["seconds_short"] < result["seconds"] < 60
+
+
+def test_it_compares(sampled, fake_torch, monkeypatch, capsys):
+    torch = fake_torch(
+        twin={"parameters": 1},
+        case={},
+        choose_sampling={
+            "seconds": {"float32, eager": 1.0},
+            "failed": {"compiled": "no compiler"},
+            "best": "float32",
+        },
+        first_sunfish={"parameters": 41_000_000, "positions": 8192, "block_size": 256},
+        twin_sample={"seconds": 2.0},
+        first_sample={"seconds": 6.0},
+    )
+    same = sampling_comparison.our_logits
+    monkeypatch.setattr(
+        sampling_comparison,
+        "twin_logits",
+        lambda _, inputs: same(sampled.model, sampling_comparison.moved(sampled.params), inputs),
+    )
+    run(sampled, 1, torch)
+    result = last_line(capsys)
+    assert list(result) == ["config", "seconds", "seconds_short", "ratio_torch_twin", "ratio_first_sunfish"]
+    assert result["ratio_torch_twin"] == pytest.approx(2.0 / result["seconds"], rel=0.02)
+    assert result["ratio_first_sunfish"] == pytest.approx(6.0 / result["seconds"], rel=0.02)
+
+
+def test_a_twin_with_other_logits_stops_it(sampled, fake_torch, monkeypatch):
+    torch = fake_torch(twin={"parameters": 1})
+    monkeypatch.setattr(sampling_comparison, "twin_logits", lambda *_: np.zeros((3, 32, 300)))
+    with pytest.raises(AssertionError, match="differ from ours"):
+        run(sampled, 1, torch)
+
+
+def test_the_task_is_ddim_with_guidance_as_configured(sampled):
+    task = Task.of(sampled, 3, 128, 20)
+    # No longer than the model's own texts.
+    assert (len(task.keys), task.length, task.settings.scheduler, task.settings.num_steps) == (3, 64, "ddim", 20)
+    for_torch = task.for_torch(sampled)
+    low, high = for_torch.guided_gammas
+    quantiles = np.asarray(sampled.schedule.cdf(np.array([low, high])))
+    np.testing.assert_allclose(quantiles, sampled.config.sampling.guidance_interval, rtol=1e-4)
+
+
+def test_without_guidance_there_is_nothing_to_time(sampled):
+    config = sampled.config.copy_and_resolve_references()
+    config.sampling.guidance_scale = 1.0
+    with pytest.raises(UserError, match=r"guidance_scale=1\.0 does not guide"):
+        Task.of(dataclasses.replace(sampled, config=config), 3, 128, 20)
