@@ -1,0 +1,94 @@
+"""Trains an autoregressive twin of the denoiser for a given time, and evaluates it: what the same time would buy.
+
+    uv run benchmarks/ar_twin.py --config=configs/mini.py --workdir=workdir_ar --minutes=30
+
+The twin has the denoiser's layers made causal, as many parameters, and the same tokenizer, data, prompt encoder and
+optimiser. It will overfit a small corpus sooner: what is evaluated is the best checkpoint by held-out loss, and
+--dropout and --minutes are to be tuned, since a shorter run that ends at a low learning rate may beat the middle of
+a longer one. The time is that of training steps; compiling, evaluating and saving are left out, as they are in the
+denoiser's progress line. Ctrl-C saves and stops, and the same command goes on. Once the time is over, the command
+evaluates and samples anew: give other prompts, seeds or temperatures.
+
+In the workdir: eval.json (exact bits per byte, with and without the prompt), checkpoints, and a TensorBoard log.
+"""
+
+import math
+from pathlib import Path
+
+from absl import app, flags
+from command_line import FLAGS, check_config, fail, parser
+from ml_collections import config_flags
+
+from sunfish_jax.errors import UserError
+from sunfish_jax.generation.options import SampleOptions, read_prompts
+from sunfish_jax.startup import end_on_interrupt, prepare_process
+
+config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.KEY=VALUE overrides")
+flags.DEFINE_string("workdir", "workdir_ar", "Folder that holds all of the twin's run")
+flags.DEFINE_float("minutes", 30.0, "Training steps take this long, over all sittings")
+flags.DEFINE_float("dropout", None, "In place of config.model.dropout")
+flags.DEFINE_string("head", "untied", "untied: a table of its own; tied: the embedding, and wider layers")
+flags.DEFINE_integer("eval_every", 200, "Steps between two held-out evaluations, of which the best is kept")
+flags.DEFINE_string("split", "validation", "Text of the last evaluation: validation or test")
+flags.DEFINE_string("prompts_file", None, "A file with one prompt a line [config.logging.sample_prompts]")
+flags.DEFINE_integer("num_samples", 1, "Samples a prompt")
+flags.DEFINE_integer("seq_len", None, "Most tokens in a sample [the model's block size]")
+flags.DEFINE_float("temperature", 1.0, "Of samples: divides the logits; 0 takes the likeliest token")
+flags.DEFINE_float("guidance_scale", 1.0, "Of samples: 0 ignores the prompt, 1 is no guidance")
+flags.DEFINE_integer("seed", 0, "Of samples: the same seed gives the same text")
+flags.DEFINE_string("output", None, "A .jsonl file for one JSON object a sample")
+
+
+def check() -> None:
+    """Raises a UserError for what cannot be trained or sampled."""
+    if FLAGS.dropout is not None and FLAGS["config"].present:
+        FLAGS.config.model.dropout = FLAGS.dropout
+    check_config()
+    if not 0 < FLAGS.minutes < math.inf:
+        raise UserError(f"--minutes={FLAGS.minutes}: give a number above 0")
+    if FLAGS.eval_every < 1:
+        raise UserError(f"--eval_every={FLAGS.eval_every}: give a whole number of at least 1")
+    if not 0 <= FLAGS.temperature < math.inf:
+        raise UserError(f"--temperature={FLAGS.temperature}: give 0 (the likeliest token) or more")
+    for name, choices in (("head", ("untied", "tied")), ("split", ("validation", "test"))):
+        if FLAGS[name].value not in choices:
+            raise UserError(f"--{name}={FLAGS[name].value}: give {' or '.join(choices)}")
+    sample_options().check_length(FLAGS.config.model.block_size)
+
+
+def sample_options() -> SampleOptions:
+    """What to sample, from the flags."""
+    return SampleOptions(
+        prompts=() if FLAGS.prompts_file is None else read_prompts(Path(FLAGS.prompts_file)),
+        num_samples=FLAGS.num_samples,
+        seq_len=FLAGS.seq_len,
+        guidance_scale=FLAGS.guidance_scale,
+        seed=FLAGS.seed,
+        output=None if FLAGS.output is None else Path(FLAGS.output),
+    )
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    end_on_interrupt()
+    workdir = Path(FLAGS.workdir)
+    prepare_process(FLAGS.config.train.num_devices)
+    try:
+        import ar_evaluation
+        import ar_training
+
+        finished = ar_training.train(
+            FLAGS.config,
+            workdir,
+            minutes=FLAGS.minutes,
+            eval_every=FLAGS.eval_every,
+            tied_head=FLAGS.head == "tied",
+        )
+        if finished:
+            ar_evaluation.run(workdir, FLAGS.split, sample_options(), FLAGS.temperature)
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parser(__doc__, check))

@@ -1,0 +1,659 @@
+"""The autoregressive twin: that it reads nothing it must not, is what it claims to be, and trains."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import ar_generation
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ar_evaluation import text_keys
+from ar_generation import draw, empty_cache, generate, next_logits
+from ar_likelihood import HeldOutText, score
+from ar_model import count_parameters, init_twin, make_twin
+from ar_training import TwinLoop, annealing, create_twin_state, make_twin_step
+from encoders import FrozenEncoder
+
+from configs import micro, mini, nano, tiny
+from sunfish_jax.data.batches import Batch
+from sunfish_jax.diffusion.samplers import Known
+from sunfish_jax.errors import UserError
+from sunfish_jax.generation.generator import sample_keys
+from sunfish_jax.models.denoiser import make_model
+from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.training.progress import Progress, load_totals
+from sunfish_jax.training.sharding import make_mesh
+from sunfish_jax.workdir.checkpoints import Checkpoints
+from sunfish_jax.workdir.run import load_run
+
+ROOT = Path(__file__).parents[2]
+END = 1
+ROWS, LENGTH, PROMPT_LENGTH, STATES = 3, 14, 5, 24
+
+
+def make_config(**model):
+    config = nano.get_config()
+    config.model.update({"num_layers": 2, "width": 32, "conv_width": 3, "compute_dtype": "float32"} | model)
+    config.tokenizer.vocab_size = 40
+    config.train.batch_size = 4
+    config.model.block_size = 16
+    return config
+
+
+def make_nano_twin(tied_head=False, **model):
+    config = make_config(**model)
+    return make_twin(make_model(config, config.tokenizer.vocab_size, FrozenEncoder(STATES)), END, tied_head)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_nano_twin()
+
+
+def trained_params(model):
+    """Parameters away from their initial zeros and ones, as after some training."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_twin(model, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    params["norm_scales"] += 1
+    return jax.tree.map(jnp.asarray, params)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return trained_params(model)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One layer, its parameters: what is quick to compile a decoding loop of."""
+    model = make_nano_twin(num_layers=1)
+    return model, trained_params(model)
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    return np.random.default_rng(0).integers(2, model.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    states = np.random.default_rng(1).normal(size=(ROWS, PROMPT_LENGTH, STATES)).astype(np.float16)
+    # A whole prompt, a shorter one, and none.
+    return Prompt(inputs=states, mask=np.arange(PROMPT_LENGTH) < np.array([[PROMPT_LENGTH], [2], [0]]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def apply(model, params, tokens, prompt, method):
+    keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
+    return model.apply({"params": params}, tokens, keys_values, method=method)
+
+
+def all_logits(model, params, tokens, prompt):
+    return np.array(apply(model, params, tokens, prompt, "logits"))
+
+
+@pytest.mark.parametrize("at", [0, 6, LENGTH - 1])
+def test_no_logit_reads_its_own_token_or_a_later_one(model, params, tokens, prompt, at):
+    changed = tokens.copy()
+    changed[:, at] = 2 + (changed[:, at] - 1) % (model.vocab_size - 2)
+    before, after = all_logits(model, params, tokens, prompt), all_logits(model, params, changed, prompt)
+    np.testing.assert_array_equal(before[:, : at + 1], after[:, : at + 1])
+    # And every later one reads it.
+    assert (before[:, at + 1 :] != after[:, at + 1 :]).any(axis=-1).all()
+
+
+def test_every_logit_reads_the_prompt_where_there_is_one(model, params, tokens, prompt):
+    other = prompt.replace(inputs=prompt.inputs[:, ::-1])
+    before, after = all_logits(model, params, tokens, prompt), all_logits(model, params, tokens, other)
+    assert (before[:2] != after[:2]).any(axis=-1).all()
+    np.testing.assert_array_equal(before[2], after[2])
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_untrained_it_predicts_the_tokens_frequencies(tokens, prompt, tied_head):
+    model = make_nano_twin(tied_head, num_layers=1)
+    params = jax.jit(init_twin, static_argnums=0)(model, jax.random.key(0))
+    params["log_unigram"] = jnp.linspace(-3.0, 0.0, model.vocab_size)
+    logits = all_logits(model, params, tokens, prompt)
+    np.testing.assert_array_equal(logits, np.broadcast_to(params["log_unigram"], logits.shape))
+
+
+class Reference:
+    """The twin once more, in float64 NumPy, row by row and position by position."""
+
+    def __init__(self, model, params):
+        self.model = model
+        self.p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def norm(self, x, scale=1.0):
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+
+    def softmax(self, scores):
+        e = np.exp(scores - scores.max())
+        return e / e.sum()
+
+    def attend(self, q, keys, values):
+        """One query [W] over keys and values [T, W], head by head."""
+        out = []
+        for part in np.split(np.arange(self.model.width), self.model.num_heads):
+            weights = self.softmax(keys[:, part] @ q[part] / np.sqrt(len(part)))
+            out.append(weights @ values[:, part])
+        return np.concatenate(out)
+
+    def turn(self, x, position):
+        """Rotary positions of a vector [W], head by head."""
+        d = self.model.width // self.model.num_heads
+        angles = position * 10_000.0 ** (-np.arange(d // 2) / (d // 2))
+        heads = x.reshape(-1, 2, d // 2)
+        spun = (heads[:, 0] + 1j * heads[:, 1]) * np.exp(1j * angles)
+        return np.stack([spun.real, spun.imag], axis=1).reshape(-1)
+
+    def convolve(self, h, taps):
+        """h [S, W] plus what the taps take of it and of the positions before."""
+        out = h.copy()
+        for s, back in itertools.product(range(len(h)), range(len(taps))):
+            if s >= back:
+                out[s] += taps[-1 - back] * h[s - back]
+        return out
+
+    def losses(self, tokens, states, mask):
+        """-log p of each token of one row [S] under its prompt [P, d]."""
+        p, width, layers = self.p, self.model.width, self.model.num_layers
+        if mask.any():
+            states = states[mask].astype(np.float64) @ p["adapter_kernel"]
+        else:
+            states = p["null_prompt"][None]
+        both = np.split(self.norm(states) @ p["prompt_kernel"], 2 * layers, axis=-1)
+        x = self.norm(p["embedding"][[END, *tokens[:-1]]])
+        for i in range(layers):
+            layer, scales = p[f"layers_{i}"], p["norm_scales"][3 * i : 3 * i + 3]
+            h = self.convolve(self.norm(x, scales[0]), layer["attention_taps"])
+            q, k, v = np.split(h @ layer["attention_in"], 3, axis=-1)
+            k = np.stack([self.turn(row, s) for s, row in enumerate(k)])
+            read = [self.attend(self.turn(q[s], s), k[: s + 1], v[: s + 1]) for s in range(len(x))]
+            x = x + np.stack(read) @ layer["attention_out"]
+            q = self.norm(x, scales[1]) @ layer["cross_in"]
+            read = [self.attend(row, both[i], both[layers + i]) for row in q]
+            x = x + np.stack(read) @ layer["cross_out"]
+            h = self.convolve(self.norm(x, scales[2]), layer["mlp_taps"])
+            x = x + np.maximum(h @ layer["mlp_in"], 0) ** 2 @ layer["mlp_out"]
+        h = self.norm(x, p["norm_scales"][-1])
+        if self.model.tied_head:
+            logits = h @ p["head_kernel"] @ p["embedding"].T + p["log_unigram"]
+        else:
+            logits = h @ p["head_kernel"].T + p["log_unigram"]
+        assert h.shape == (len(tokens), width)
+        return np.array([-np.log(self.softmax(row)[token]) for row, token in zip(logits, tokens, strict=True)])
+
+
+def reference_losses(model, params, tokens, prompt):
+    reference = Reference(model, params)
+    return np.stack([reference.losses(*row) for row in zip(tokens, prompt.inputs, prompt.mask, strict=True)])
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_losses_are_those_of_a_float64_reference(tokens, prompt, tied_head):
+    model = make_nano_twin(tied_head)
+    params = trained_params(model)
+    losses = apply(model, params, tokens, prompt, "cross_entropy")
+    expected = reference_losses(model, params, tokens, prompt)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_score_is_the_chain_rule_over_real_tokens(model, params, tokens, prompt):
+    lengths = np.array([LENGTH, 5, 0])
+    batch = Batch(
+        tokens=tokens[None],
+        padding_mask=(np.arange(LENGTH) < lengths[:, None])[None],
+        known_mask=np.zeros((1, ROWS, LENGTH), bool),
+        prompt=jax.tree.map(lambda leaf: leaf[None], prompt),
+    )
+    text = HeldOutText([batch, batch], [np.array([50, 9, 0])] * 2)
+    none = prompt.replace(mask=np.zeros_like(prompt.mask))
+    for prompted, given in ((True, prompt), (False, none)):
+        losses = reference_losses(model, params, tokens, given)
+        nats = [losses[0].sum(), losses[1, :5].sum()] * 2
+        scored = score(model, params, text, prompted=prompted)
+        # The empty row is left out.
+        np.testing.assert_allclose(scored.nats, nats, rtol=1e-4)
+        assert scored.nats_per_token == pytest.approx(sum(nats) / (2 * (LENGTH + 5)), rel=1e-4)
+        bits = scored.bits_per_byte()
+        assert bits.value == pytest.approx(sum(nats) / math.log(2) / 118, rel=1e-4)
+        assert (bits.num_rows, bits.num_bytes) == (4, 118)
+        deviation = np.array(nats) / math.log(2) - bits.value * np.array([50, 9] * 2)
+        assert bits.standard_error == pytest.approx(math.sqrt(np.sum(deviation**2) * 4 / 3) / 118, rel=1e-2)
+
+
+@pytest.mark.parametrize("config", [nano, tiny, mini, micro])
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_it_has_the_denoisers_parameters(config, tied_head):
+    config = config.get_config()
+    config.model.compute_dtype = "float32"
+    denoiser = make_model(config, config.tokenizer.vocab_size, FrozenEncoder(384))
+    twin = make_twin(denoiser, END, tied_head)
+    assert count_parameters(twin) == pytest.approx(count_parameters(denoiser), rel=0.05)
+    shapes = jax.eval_shape(lambda: init_twin(twin, jax.random.key(0)))
+    assert count_parameters(twin) == sum(p.size for p in jax.tree.leaves(shapes)) - config.tokenizer.vocab_size
+    same = ("num_layers", "num_heads", "width", "conv_width", "vocab_size", "dropout", "prompt_dim", "dtype")
+    assert all(getattr(twin, name) == getattr(denoiser, name) for name in same)
+    if config.logging.name in ("mini", "micro") and not tied_head:
+        assert twin.mlp_ratio == denoiser.mlp_ratio
+
+
+@pytest.mark.parametrize("changes", [{}, {"conv_width": 0}, {"tied_head": True}])
+def test_cached_decoding_gives_the_logits_of_the_whole_row(tokens, prompt, changes):
+    model = make_nano_twin(**changes)
+    params = trained_params(model)
+    expected = all_logits(model, params, tokens, prompt)
+    keys_values = jax.jit(lambda: model.apply({"params": params}, prompt, method="encode_prompt"))()
+    # More room than the row takes: what is not written yet is not read.
+    cache = empty_cache(model, ROWS, LENGTH + 3)
+    read = np.full(ROWS, END, np.int32)
+    step = jax.jit(functools.partial(next_logits, model))
+    for position in range(LENGTH):
+        logits, cache = step(params, read, jnp.int32(position), keys_values, cache)
+        np.testing.assert_allclose(logits, expected[:, position], atol=1e-4, rtol=1e-4)
+        read = tokens[:, position]
+
+
+def written(model, params, prompt, **settings):
+    return generate(model, params, prompt, sample_keys(0, np.arange(len(prompt.mask))), LENGTH, **settings)
+
+
+def test_greedy_decoding_takes_the_likeliest_token_each_time(small, prompt):
+    first = written(*small, prompt, temperature=0)
+    np.testing.assert_array_equal(first, written(*small, prompt, temperature=0))
+    likeliest = all_logits(*small, first, prompt).argmax(axis=-1)
+    for row, expected in zip(first, likeliest, strict=True):
+        ends = np.flatnonzero(row == END)
+        length = ends[0] + 1 if len(ends) else LENGTH
+        np.testing.assert_array_equal(row[:length], expected[:length])
+        assert (row[length:] == END).all()
+
+
+def test_nothing_follows_the_end_of_a_text(small, prompt):
+    model, params = small
+    params = dict(params, log_unigram=params["log_unigram"].at[END].set(2.5))
+    rows = written(model, params, jax.tree.map(lambda leaf: leaf[[0] * 12], prompt))
+    ended = np.maximum.accumulate(rows == END, axis=-1)
+    assert len(set(ended.sum(axis=-1))) > 3
+    np.testing.assert_array_equal(rows[ended], END)
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_guidance_combines_logits(small, prompt, scale):
+    rows = written(*small, prompt, temperature=0, guidance_scale=scale)
+    none = prompt.replace(mask=np.zeros_like(prompt.mask))
+    conditional, unconditional = (all_logits(*small, rows, given) for given in (prompt, none))
+    guided = (unconditional + scale * (conditional - unconditional)).argmax(axis=-1)
+    assert not (rows[:2] == END).all(axis=-1).any()
+    for row, expected in zip(rows, guided, strict=True):
+        length = np.append(np.flatnonzero(row == END), LENGTH - 1)[0] + 1
+        np.testing.assert_array_equal(row[:length], expected[:length])
+
+
+def test_given_tokens_are_kept_read_and_never_cut_off(small, tokens, prompt):
+    # An end of text as likely as can be, but not where given tokens follow.
+    model, params = small
+    params = dict(params, log_unigram=params["log_unigram"].at[END].set(50.0))
+    mask = np.zeros(tokens.shape, bool)
+    mask[:, 4:7] = mask[:, 9] = True
+    rows = written(model, params, prompt, temperature=0, known=Known(tokens, mask))
+    np.testing.assert_array_equal(rows[mask], tokens[mask])
+    assert (rows[:, :10] != END).all()
+    assert (rows[:, 10:] == END).all()
+    logits = all_logits(model, params, rows, prompt)
+    logits[:, :10, END] = -np.inf
+    np.testing.assert_array_equal(rows[~mask], logits.argmax(axis=-1)[~mask])
+
+
+def test_a_row_depends_on_its_own_key_alone(small, prompt):
+    together = written(*small, prompt)
+    one = jax.tree.map(lambda leaf: leaf[1:2], prompt)
+    alone = generate(*small, one, sample_keys(0, np.array([1])), LENGTH)
+    np.testing.assert_array_equal(alone[0], together[1])
+    assert (written(*small, jax.tree.map(lambda leaf: leaf[[1, 1, 1]], prompt)) != together[1]).any()
+
+
+def test_more_rows_than_fit_are_done_in_turns(small, prompt, monkeypatch):
+    expected = written(*small, prompt)
+    monkeypatch.setattr(ar_generation, "_ROWS_AT_ONCE", 2)
+    np.testing.assert_array_equal(written(*small, prompt), expected)
+
+
+def test_draws_follow_the_softmax_at_a_temperature():
+    logits = np.array([0.0, 1.0, -math.inf, 2.5], np.float32)
+    n = 20_000
+    with jax.enable_x64(True):
+        drawn = draw(jnp.tile(logits, (n, 1)), sample_keys(0, np.arange(n)), 0.7)
+    assert drawn.dtype == np.int32
+    expected = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
+    share = np.bincount(drawn, minlength=4) / n
+    assert share[2] == 0
+    assert np.abs(share - expected).max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_only_the_drawing_is_in_float64(model, params, prompt):
+    known = Known(np.zeros((ROWS, LENGTH), np.int32), np.zeros((ROWS, LENGTH), bool))
+    keys = sample_keys(0, np.arange(ROWS))
+    with jax.enable_x64(True):
+        arguments = model, params, prompt, known, keys, np.float64(1.0), np.float32(2.0)
+        how = {"readings": ("with", "without"), "greedy": False}
+        text = ar_generation._generate.lower(*arguments, **how).as_text()
+    shapes = set(re.findall(r"tensor<([0-9x]*)f64>", text))
+    vocabulary = f"{ROWS}x{model.vocab_size}x"
+    assert vocabulary in shapes
+    assert shapes <= {"", f"{ROWS}x", "1x", f"{ROWS}x1x", "1x1x", vocabulary}
+
+
+def test_texts_for_different_prompts_are_drawn_apart():
+    keys = jax.random.key_data(text_keys(0, ["Dog", "Dog", "Cat"], np.array([0, 1, 0])))
+    assert len(np.unique(keys, axis=0)) == 3
+    np.testing.assert_array_equal(keys[2:], jax.random.key_data(text_keys(0, ["Cat"], np.array([0]))))
+
+
+PATTERN = np.array([5, 9, 7, 21, 9, 30, 7, 7, 12, 5, 33], np.int32)
+
+
+def repetitive_batch(config, length=16):
+    """Rows that go round a pattern of tokens from anywhere in it; the last positions are padding."""
+    shape = (config.train.accumulate_steps, 8)
+    starts = np.arange(shape[0] * shape[1]).reshape(shape)
+    tokens = PATTERN[(starts[..., None] + np.arange(length)) % len(PATTERN)].copy()
+    padding_mask = np.broadcast_to(np.arange(length) < length - 2, tokens.shape).copy()
+    tokens[~padding_mask] = 0
+    states = np.random.default_rng(0).normal(size=(*shape, PROMPT_LENGTH, STATES)).astype(np.float16)
+    mask = np.ones((*shape, PROMPT_LENGTH), bool)
+    return Batch(tokens, padding_mask, np.zeros_like(padding_mask), Prompt(states, mask))
+
+
+def token_counts(model, batch):
+    return np.bincount(batch.tokens[batch.padding_mask], minlength=model.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def course():
+    """A configuration, its one-layer twin, what makes its first state, the step and the repetitive batch."""
+    config = make_config(num_layers=1, dropout=0.1)
+    config.train.accumulate_steps = 2
+    config.optimizer.update({"name": "adamw", "learning_rate": 0.01, "warmup_steps": 3, "ema_decay": 0.9})
+    model = make_twin(make_model(config, config.tokenizer.vocab_size, FrozenEncoder(STATES)), END, False)
+    batch = repetitive_batch(config)
+    first_state = jax.jit(lambda: create_twin_state(config, model, token_counts(model, batch)))
+    return config, model, first_state, make_twin_step(config, model, make_mesh(1)), batch
+
+
+@pytest.fixture(scope="module")
+def learning(course):
+    """The state after 60 steps, and the metrics of each."""
+    _, _, first_state, step, batch = course
+    state, metrics = first_state(), []
+    for _ in range(60):
+        state, figures = step(state, batch)
+        metrics.append({name: float(value) for name, value in figures.items()})
+    return state, metrics
+
+
+def test_it_learns_a_repetitive_text(course, learning):
+    _, model, *_, batch = course
+    _, metrics = learning
+    counts = token_counts(model, batch)
+    shares, smoothed = counts / counts.sum(), (counts + 1) / (counts + 1).sum()
+    assert metrics[0]["loss"] == pytest.approx(-np.sum(shares * np.log(smoothed)), rel=1e-5)
+    entropy = -np.sum(shares[counts > 0] * np.log(shares[counts > 0]))
+    assert np.mean([figures["loss"] for figures in metrics[-5:]]) < 0.5 * entropy
+
+
+def test_its_average_goes_on_with_the_text(course, learning):
+    _, model, *_, batch = course
+    prompt = jax.tree.map(lambda leaf: leaf[0, :1], batch.prompt)
+    row = batch.tokens[0, :1, :LENGTH]
+    known = Known(row, np.arange(LENGTH)[None] < 8)
+    keys = sample_keys(0, np.arange(1))
+    rows = generate(model, learning[0].ema_params, prompt, keys, LENGTH, temperature=0, known=known)
+    np.testing.assert_array_equal(rows, row)
+
+
+def test_a_step_at_rate_zero_moves_nothing(course):
+    _, _, first_state, step, batch = course
+    state = first_state()
+    before = jax.tree.map(np.array, state.params)
+    state, _ = step(state.replace(annealing=jnp.zeros(())), batch)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state.params))
+
+
+def test_what_stands_at_padding_is_not_learned(course, learning):
+    _, _, first_state, step, batch = course
+    other = batch.replace(tokens=np.where(batch.padding_mask, batch.tokens, 3))
+    _, metrics = step(first_state(), other)
+    assert {name: float(value) for name, value in metrics.items()} == learning[1][0]
+
+
+@pytest.mark.slow
+def test_two_devices_take_the_same_step(course, learning):
+    config, model, first_state, _, batch = course
+    step, state = make_twin_step(config, model, make_mesh(2)), first_state()
+    for expected in learning[1][:4]:
+        state, metrics = step(state, batch)
+        assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-3)
+
+
+def test_annealing_goes_from_one_to_zero():
+    assert [annealing(share) for share in (0.0, 0.5, 1.0, 1.2)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+
+
+class ScriptedStep:
+    """Counts steps as the only parameter; each takes half a second by the loop's own clock."""
+
+    def __init__(self, clock, after=None):
+        self.clock, self.after, self.annealings = clock, after or {}, []
+
+    def compile(self, state, batch):
+        self.clock.now += 100.0
+        return 100.0
+
+    def __call__(self, state, batch):
+        self.clock.now += 0.5
+        self.annealings.append(float(state.annealing))
+        step = int(state.step) + 1
+        self.after.get(step, lambda: None)()
+        return state.replace(step=np.asarray(step), params={"w": np.full(2, float(step))}), {
+            "loss": 2.0,
+            "grad_norm": 1.0,
+        }
+
+
+@dataclasses.dataclass
+class ScriptedState:
+    step: int
+    params: dict
+    annealing: jax.Array
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+jax.tree_util.register_dataclass(ScriptedState, ["step", "params", "annealing"], [])
+
+
+class Stop:
+    asked = False
+
+    def ask(self):
+        self.asked = True
+
+    def __bool__(self):
+        return self.asked
+
+
+def run_loop(workdir, monkeypatch, *, limit, losses=None, after=None, stop=None, first_step=0):
+    """Runs the loop on a clock of its own; returns the step function and the evaluated steps."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr("ar_training.time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    evaluated = []
+
+    def evaluate(state):
+        clock.now += 50.0
+        evaluated.append(int(state.step))
+        nats = (losses or {}).get(int(state.step), 9.0)
+        return {"nats_per_token": nats, "bits_per_byte": nats / 2}
+
+    from ar_training import _KEPT
+
+    step = ScriptedStep(clock, after)
+    state = ScriptedState(np.asarray(first_step), {"w": np.zeros(2, np.float32)}, jnp.ones(()))
+    batch = types.SimpleNamespace(tokens=np.zeros((1, 1, 8)), padding_mask=np.ones((1, 1, 5), bool))
+    with Checkpoints(workdir, _KEPT) as checkpoints:
+        loop = TwinLoop(
+            limit=limit,
+            eval_every=4,
+            every_steps=5,
+            workdir=workdir,
+            checkpoints=checkpoints,
+            writer=types.SimpleNamespace(write_scalars=lambda **_: None),
+            stop=Stop() if stop is None else stop,
+            evaluate=evaluate,
+            progress=load_totals(workdir, first_step, 0),
+        )
+        loop.run(state, step, itertools.repeat(batch))
+        return loop, step, evaluated, checkpoints.steps(), checkpoints.best_step()
+
+
+def test_it_stops_at_the_time_limit_and_keeps_the_best(tmp_path, monkeypatch):
+    losses = {4: 3.0, 8: 2.0, 12: 2.5, 13: 2.75}
+    loop, step, evaluated, steps, best = run_loop(tmp_path, monkeypatch, limit=6.4, losses=losses)
+    # 13 steps of half a second: compiling and evaluating do not count.
+    assert loop.time_is_over
+    assert loop.progress.step == 13
+    assert evaluated == [4, 8, 12, 13]
+    assert (steps, best) == ([8, 13], 8)
+    with Checkpoints(tmp_path) as checkpoints:
+        params = checkpoints.restore({"params": {"w": jax.ShapeDtypeStruct((2,), np.float32)}}, "best")["params"]
+    np.testing.assert_array_equal(params["w"], 8.0)
+    assert step.annealings == pytest.approx([annealing(0.5 * i / 6.4) for i in range(13)])
+
+
+def test_a_stop_saves_and_the_next_sitting_takes_the_time_that_is_left(tmp_path, monkeypatch):
+    stop = Stop()
+    loop, _, evaluated, steps, _ = run_loop(tmp_path, monkeypatch, limit=6.4, after={6: stop.ask}, stop=stop)
+    assert not loop.time_is_over
+    assert (evaluated, steps) == ([4], [4, 6])
+    losses = {8: 1.0, 12: 2.0, 13: 1.5}
+    loop, step, evaluated, steps, best = run_loop(tmp_path, monkeypatch, limit=6.4, losses=losses, first_step=6)
+    assert loop.time_is_over
+    assert loop.progress.step == 13
+    assert (evaluated, steps, best) == ([8, 12, 13], [8, 13], 8)
+    assert step.annealings[0] == pytest.approx(annealing(3.0 / 6.4))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    loop = TwinLoop(1.0, 4, 5, tmp_path, None, None, Stop(), None, Progress(0, step=3))
+    with pytest.raises(UserError, match=r"not finite at step 3 \(loss=nan\)"):
+        loop._report({"loss": math.nan, "grad_norm": 1.0})
+
+
+def ar_twin(*arguments, folder):
+    command = [sys.executable, str(ROOT / "benchmarks/ar_twin.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_help_comes_at_once(tmp_path):
+    code = "import sys, ar_twin; print([name for name in ('jax', 'numpy', 'flax') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "benchmarks", check=True
+    )
+    assert done.stdout == "[]\n"
+    done = ar_twin("--help", folder=tmp_path)
+    assert done.returncode == 0
+    assert "--minutes:" in done.stdout
+
+
+NANO = f"--config={ROOT}/configs/nano.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing"),
+        ([NANO, "--minutes=0"], "--minutes=0.0: give a number above 0"),
+        ([NANO, "--minutes=soon"], "minutes"),
+        ([NANO, "--dropout=1.5"], "config.model.dropout=1.5"),
+        ([NANO, "--head=other"], "--head=other: give untied or tied"),
+        ([NANO, "--split=train"], "--split=train: give validation or test"),
+        ([NANO, "--temperature=-1"], "--temperature=-1.0"),
+        ([NANO, "--eval_every=0"], "--eval_every=0"),
+        ([NANO, "--seq_len=65"], "--seq_len=65"),
+        ([NANO, "--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt cannot be read"),
+        ([NANO, "--minuts=3"], "minuts"),
+        ([NANO, "train"], "'train' is not a flag"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_code_2(tmp_path, arguments, message):
+    done = ar_twin(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_one_command_trains_evaluates_and_samples(tmp_path):
+    sizes = ("small", "large", "old", "young", "quick", "quiet")
+    with (tmp_path / "corpus.jsonl").open("w") as file:
+        for size, animal, deed in itertools.product(sizes, ("whale", "camel", "owl"), ("sleeps", "eats", "hides")):
+            for time in ("at night", "in spring", "by day", "at dawn"):
+                text = f"The {size} {animal} {deed} {time}."
+                print(json.dumps({"text": text, "prompt": f"Write about a {animal}"}), file=file)
+    (tmp_path / "prompts.txt").write_text("Write about a whale\nWrite about a camel\n")
+    command = [
+        NANO,
+        "--config.data.source=corpus.jsonl",
+        "--config.tokenizer.vocab_size=320",
+        "--config.prompt_encoder.name=transformer",
+        "--config.train.batch_size=4",
+        "--workdir=run",
+        "--minutes=0.05",
+        "--dropout=0.05",
+        "--eval_every=10",
+        "--prompts_file=prompts.txt",
+        "--num_samples=2",
+        "--output=samples.jsonl",
+    ]
+    done = ar_twin(*command, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["prompt"][-5:], sample["index"]) for sample in samples] == [
+        ("whale", 0),
+        ("whale", 1),
+        ("camel", 0),
+        ("camel", 1),
+    ]
+    needed = {"text", "seed", "scheduler", "num_steps", "temperature", "checkpoint_step", "seq_len", "config_hash"}
+    assert needed <= samples[0].keys()
+    result = json.loads((tmp_path / "run/eval.json").read_text())
+    assert result["dropout"] == 0.05
+    assert result["training_seconds"] <= 3.0 + 2.0
+    assert 0 < result["bits_per_byte"]["with_prompt"]["value"] < 8
+
+    # The time is over: the same command evaluates and samples again, and gets the same.
+    again = ar_twin(*command, folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "compiled the step" not in again.stdout
+    assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == samples
+    other = ar_twin(*command, "--head=tied", folder=tmp_path)
+    assert other.returncode == 2
+    assert "has the other head" in other.stderr
+    # Whoever takes it for a denoiser is told so.
+    with pytest.raises(UserError, match="another architecture"):
+        load_run(tmp_path / "run")
