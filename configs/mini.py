@@ -31,14 +31,13 @@ def get_config() -> ConfigDict:
     config.prompt_encoder.max_length = 32
 
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_steps = 200
 
-    config.train.num_steps = 6000
+    config.train.num_steps = 10_000
     config.train.batch_size = 8
-    config.train.accumulate_steps = 2
+    config.train.accumulate_steps = 1
 
     config.eval.num_rows = 128
-    config.checkpoint.keep = 6
 
     config.logging.name = "mini"
     return config
