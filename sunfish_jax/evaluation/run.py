@@ -14,7 +14,7 @@ import numpy as np
 from sunfish_jax.data.batches import Batch, held_out_row_numbers, held_out_rows
 from sunfish_jax.data.buckets import choose_buckets
 from sunfish_jax.data.examples import Example
-from sunfish_jax.data.sources import open_source
+from sunfish_jax.data.sources import Source, open_source
 from sunfish_jax.data.tokens import TokenizedSplit, prepare
 from sunfish_jax.diffusion.process import HELD_OUT_SNRS
 from sunfish_jax.errors import UserError
@@ -30,7 +30,7 @@ from sunfish_jax.models.prompt_encoder import encode_prompts
 from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.workdir.event_writer import SummaryWriter
 from sunfish_jax.workdir.json_file import write_json
-from sunfish_jax.workdir.run import Run, load_run
+from sunfish_jax.workdir.run import DATA_FOLDER, Run, load_run
 
 RESULT_FILE = "eval.json"
 SAMPLES_FILE = "eval_samples.jsonl"
@@ -55,16 +55,8 @@ def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
         UserError: There is no such checkpoint, or the split is empty.
     """
     run = load_run(workdir, checkpoint)
-    config = run.config
-    data_dir = workdir / "data"
-    source = open_source(config.data, data_dir)
-    if source.identity != run.data_identity:
-        # Other text is split elsewhere: some that the run was trained on would be taken for held-out text.
-        raise UserError(
-            f"the text of data.source={config.data.source} changed since the run in --workdir={workdir} was "
-            "trained on it: put back what was there"
-        )
-    splits = prepare(source, run.tokenizer, data_dir, block_size=config.model.block_size)
+    config, source = run.config, source_of(run)
+    splits = prepare(source, run.tokenizer, workdir / DATA_FOLDER, block_size=config.model.block_size)
     texts = splits[split]
     if not texts.num_rows:
         raise UserError(f"--split={split}: the corpus has no {split} text; give the other one")
@@ -92,6 +84,18 @@ def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
     write_json(workdir / RESULT_FILE, result)
     _log(run, result)
     return result
+
+
+def source_of(run: Run) -> Source:
+    """The corpus that a run was trained on. Raises a UserError if it has changed since."""
+    source = open_source(run.config.data, run.workdir / DATA_FOLDER)
+    if source.identity != run.data_identity:
+        # Other text is split elsewhere: some that the run was trained on would be taken for held-out text.
+        raise UserError(
+            f"the text of data.source={run.config.data.source} changed since the run in --workdir={run.workdir} "
+            "was trained on it: put back what was there"
+        )
+    return source
 
 
 def held_out_figures(run: Run, rows: list[Batch]) -> dict[str, float]:

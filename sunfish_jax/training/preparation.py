@@ -19,7 +19,7 @@ from sunfish_jax.models.denoiser import TextDenoiser, make_model
 from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.workdir.config import CONFIG_FILE, record_config
-from sunfish_jax.workdir.run import IDENTITY_FILE, TOKENIZER_FOLDER
+from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def prepare_run(config: ConfigDict, workdir: Path, tokenizer_path: Path | None) 
     Raises:
         UserError: the data, the tokenizer or the prompt encoder cannot be used.
     """
-    data_dir = workdir / "data"
+    data_dir = workdir / DATA_FOLDER
     source = open_source(config.data, data_dir)
     tokenizer = _tokenizer(config.tokenizer, source, tokenizer_path)
     splits = prepare(source, tokenizer, data_dir, block_size=config.model.block_size)

@@ -19,6 +19,8 @@ from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import load_config
 
 TOKENIZER_FOLDER = "tokenizer"
+# The prepared corpus and its tokens.
+DATA_FOLDER = "data"
 # Fingerprints of what the run was trained with: "data", "tokenizer", "prompt_encoder".
 IDENTITY_FILE = "identity.json"
 
