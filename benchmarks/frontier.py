@@ -3,8 +3,8 @@
     uv run benchmarks/frontier.py --workdir=workdir_mini --output=docs/mini_frontier.png
 
 Each setting is changed alone, the others staying as the run has them. --texts=NAME=FILE.jsonl adds texts that
-another model wrote for the same prompts (main.py --output and ar_twin.py write such files). Real text is the goal: a
-point below it has repeated itself, a point above it is noise.
+another model wrote for the same prompts (main.py --output and ar_twin.py write such files). Real text is the goal:
+a point below it has repeated itself, a point above it is noise.
 """
 
 import dataclasses
