@@ -3,7 +3,7 @@
     uv run benchmarks/growth.py --config=configs/micro.py --output=docs/growth.png
 
 Tokens per second and memory of a training step against rows, row length, width, host devices and cores, and the
-time of a sample against steps, length and number of texts; one of them is changed at a time. Every point is measured
+time of a sample against steps, length and number of texts; one is changed at a time. Every point is measured
 in a process of its own, so that its memory is its own, on random tokens without padding. A step here is two forward
 passes and the optimiser.
 """
