@@ -12,12 +12,21 @@ from ar_likelihood import held_out_text, score
 from ar_model import count_parameters
 from ar_training import Twin, open_twin
 
+from sunfish_jax.data.sources import open_source
 from sunfish_jax.errors import UserError
+from sunfish_jax.evaluation.sample_quality import (
+    SAMPLE_LENGTH,
+    SAMPLES_FILE,
+    articles_to_write,
+    judge_samples,
+    prompts_of,
+)
 from sunfish_jax.generation.generator import sample_keys, take_rows
 from sunfish_jax.generation.options import SampleOptions
 from sunfish_jax.generation.output import decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt_encoder import encode_prompts
 from sunfish_jax.workdir.json_file import write_json
+from sunfish_jax.workdir.run import DATA_FOLDER
 
 RESULT_FILE = "eval.json"
 
@@ -38,12 +47,13 @@ class TwinSettings:
     scheduler: str = "autoregressive"
 
 
-def evaluate(twin: Twin, split: str) -> dict:
+def evaluate(twin: Twin, split: str, num_samples: int) -> dict:
     """Prints the held-out figures and writes them to `eval.json` in the workdir.
 
     Args:
       twin: as `open_twin` gives it.
       split: `validation` or `test`.
+      num_samples: texts to sample and judge, as `main.py --mode=eval` does; 0 for none.
 
     Returns:
       What is written.
@@ -82,8 +92,29 @@ def evaluate(twin: Twin, split: str) -> dict:
             f"{exact.num_bytes} bytes)",
             flush=True,
         )
+    if num_samples:
+        result["samples"] = sample_figures(twin, split, num_samples)
     write_json(twin.workdir / RESULT_FILE, result)
     return result
+
+
+def sample_figures(twin: Twin, split: str, num_samples: int) -> dict[str, dict[str, float]]:
+    """Samples a text for each of some held-out prompts, and prints and returns how good they are."""
+    prepared = twin.prepared
+    source = open_source(twin.config.data, twin.workdir / DATA_FOLDER)
+    held_out = list(source.examples(split))
+    articles = articles_to_write(held_out, prepared.splits[split], prepared.tokenizer, num_samples)
+    tokens = generate(
+        twin.model,
+        twin.params,
+        encode_prompts(twin.prompt_encoder, prompts_of(articles)),
+        sample_keys(0, np.arange(len(articles))),
+        min(twin.config.model.block_size, SAMPLE_LENGTH),
+        temperature=1.0,
+        guidance_scale=1.0,
+    )
+    texts = [decode(row, prepared.tokenizer) for row in tokens]
+    return judge_samples(texts, list(source.examples("train")), articles, twin.workdir / SAMPLES_FILE)
 
 
 def write_samples(twin: Twin, options: SampleOptions, temperature: float) -> None:
@@ -138,8 +169,8 @@ def text_keys(seed: int, prompts: Sequence[str], indices: np.ndarray) -> jax.Arr
     return jax.vmap(jax.random.fold_in)(sample_keys(seed, indices), hashes)
 
 
-def run(workdir: Path, split: str, options: SampleOptions, temperature: float) -> None:
+def run(workdir: Path, split: str, eval_samples: int, options: SampleOptions, temperature: float) -> None:
     """Evaluates the best checkpoint of the twin in `workdir`, and samples from it."""
     twin = open_twin(workdir)
-    evaluate(twin, split)
+    evaluate(twin, split, eval_samples)
     write_samples(twin, options, temperature)

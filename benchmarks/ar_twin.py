@@ -9,7 +9,8 @@ a longer one. The time is that of training steps; compiling, evaluating and savi
 denoiser's progress line. Ctrl-C saves and stops, and the same command goes on. Once the time is over, the command
 evaluates and samples anew: give other prompts, seeds or temperatures.
 
-In the workdir: eval.json (exact bits per byte, with and without the prompt), checkpoints, and a TensorBoard log.
+In the workdir: eval.json (exact bits per byte, with and without the prompt, and the table of main.py --mode=eval on
+samples), checkpoints, and a TensorBoard log.
 """
 
 import math
@@ -31,6 +32,7 @@ flags.DEFINE_string("head", "untied", "untied: a table of its own; tied: the emb
 flags.DEFINE_integer("eval_every", 200, "Steps between two held-out evaluations, of which the best is kept")
 flags.DEFINE_string("split", "validation", "Text of the last evaluation: validation or test")
 flags.DEFINE_string("prompts_file", None, "A file with one prompt a line [config.logging.sample_prompts]")
+flags.DEFINE_integer("eval_samples", 256, "Samples to judge; 0 for none", lower_bound=0)
 flags.DEFINE_integer("num_samples", 1, "Samples a prompt")
 flags.DEFINE_integer("seq_len", None, "Most tokens in a sample [the model's block size]")
 flags.DEFINE_float("temperature", 1.0, "Of samples: divides the logits; 0 takes the likeliest token")
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> None:
             tied_head=FLAGS.head == "tied",
         )
         if finished:
-            ar_evaluation.run(workdir, FLAGS.split, sample_options(), FLAGS.temperature)
+            ar_evaluation.run(workdir, FLAGS.split, FLAGS.eval_samples, sample_options(), FLAGS.temperature)
     except UserError as error:
         fail(error)
 

@@ -78,8 +78,8 @@ def measure() -> list[dict]:
     """The points, each with its `kind`, its `label` and its figures; prints them as they come."""
     from sunfish_jax.evaluation.adherence import prompted_articles
     from sunfish_jax.evaluation.degenerate import cut_like
-    from sunfish_jax.evaluation.run import SAMPLE_LENGTH, source_of
-    from sunfish_jax.evaluation.sample_quality import QualityJudge
+    from sunfish_jax.evaluation.run import source_of
+    from sunfish_jax.evaluation.sample_quality import SAMPLE_LENGTH, QualityJudge
     from sunfish_jax.generation.options import Settings
     from sunfish_jax.generation.output import StepCounter
     from sunfish_jax.generation.sample import sample_texts

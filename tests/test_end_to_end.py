@@ -177,7 +177,7 @@ def started(folder, resumed):
     processes = {
         "sample": main(folder, "--mode=sample", workdir, prompt, *sampling),
         "infill": main(folder, "--mode=infill", workdir, text, "--output=filled.jsonl"),
-        "eval": main(folder, "--mode=eval", workdir),
+        "eval": main(folder, "--mode=eval", workdir, "--num_samples=4"),
         "init_from": train(folder, "tuned", "--config.train.init_from=stopped@10", *tuning),
     }
     yield processes
@@ -209,6 +209,11 @@ def test_eval(folder, started):
     assert result["checkpoint_step"] == NUM_STEPS
     assert 0 < result["held_out"]["held_out/mean"] < 10
     assert result["bits_per_byte"]["with_prompt"]["standard_error"] > 0
+    samples = (folder / "stopped/eval_samples.jsonl").read_text().split("\n")[:-1]
+    assert 2 <= len(samples) <= 4
+    assert {"samples", "real text", "shuffled words"} <= result["samples"].keys()
+    assert result["samples"]["samples"]["perplexity"] > 1
+    assert list((folder / "stopped/eval_validation").glob("events.*"))
 
 
 def test_init_from_starts_a_new_run_from_the_weights(folder, started):

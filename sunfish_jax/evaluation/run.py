@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -18,13 +17,19 @@ from sunfish_jax.data.sources import Source, open_source
 from sunfish_jax.data.tokens import TokenizedSplit, prepare
 from sunfish_jax.diffusion.process import HELD_OUT_SNRS
 from sunfish_jax.errors import UserError
-from sunfish_jax.evaluation.adherence import prompted_articles
 from sunfish_jax.evaluation.bound import bits_per_byte
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
 from sunfish_jax.evaluation.infill_accuracy import infill_accuracy
-from sunfish_jax.evaluation.sample_quality import SAMPLES, QualityJudge, format_table
+from sunfish_jax.evaluation.sample_quality import (
+    SAMPLE_LENGTH,
+    SAMPLES,
+    SAMPLES_FILE,
+    articles_to_write,
+    judge_samples,
+    prompts_of,
+)
 from sunfish_jax.generation.options import Settings
-from sunfish_jax.generation.output import StepCounter, decode
+from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt_encoder import encode_prompts
 from sunfish_jax.models.prompt_table import PromptTable
@@ -33,9 +38,6 @@ from sunfish_jax.workdir.json_file import write_json
 from sunfish_jax.workdir.run import DATA_FOLDER, Run, load_run
 
 RESULT_FILE = "eval.json"
-SAMPLES_FILE = "eval_samples.jsonl"
-# Texts are measured at this length or the block's, in tokens: about what an article of the default corpus has.
-SAMPLE_LENGTH = 128
 _INFILL_STEPS = 16
 
 
@@ -76,10 +78,7 @@ def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
         result["bits_per_byte"] = bound_figures(run, rows, [_row_bytes(texts, part) for _, part in numbers])
     if num_samples:
         with _section("samples"):
-            articles = prompted_articles(list(source.examples(split)), num_samples)
-            if not articles:
-                rows = np.random.default_rng(0).permutation(texts.num_rows)[:num_samples]
-                articles = [Example(decode(texts.row(row), run.tokenizer)) for row in rows]
+            articles = articles_to_write(list(source.examples(split)), texts, run.tokenizer, num_samples)
             result["samples"] = sample_figures(run, list(source.examples("train")), articles)
     write_json(workdir / RESULT_FILE, result)
     _log(run, result)
@@ -141,34 +140,20 @@ def bound_figures(run: Run, rows: list[Batch], row_bytes: list[np.ndarray]) -> d
 
 
 def sample_figures(run: Run, train: list[Example], articles: list[Example]) -> dict[str, dict[str, float]]:
-    """Samples a text for the prompt of each held-out article, saves them, and prints and returns their quality.
-
-    Where articles have no prompts the texts are sampled without.
-    """
-    prompted = all(article.prompts for article in articles)
-    prompts = [article.prompts[0] if prompted else None for article in articles]
+    """Samples a text for each held-out article, and prints and returns their quality."""
     settings = Settings.make(run.config.sampling)
     texts = sample_texts(
         run.model,
         run.params,
         run.schedule,
         run.tokenizer,
-        encode_prompts(run.prompt_encoder, prompts),
+        encode_prompts(run.prompt_encoder, prompts_of(articles)),
         seq_len=min(run.config.model.block_size, SAMPLE_LENGTH),
         settings=settings,
         counter=StepCounter.on_terminal(),
     )
-    with open(run.workdir / SAMPLES_FILE, "w", encoding="utf-8") as file:
-        for prompt, text in zip(prompts, texts, strict=True):
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), file=file)
-    judge = QualityJudge(train, articles, prompted=prompted)
-    table = judge.table(texts, lambda name: print(f"  measuring {name}", flush=True))
-    print(f"{len(texts)} texts, {settings.scheduler}, {settings.num_steps} steps", end="")
-    print(f"; each prompt is looked for among {judge.among}" if judge.among else "")
-    print(format_table(table))
-    if judge.missing:
-        print(f"no perplexity: {judge.missing}")
-    return table
+    print(f"{settings.scheduler}, {settings.num_steps} steps")
+    return judge_samples(texts, train, articles, run.workdir / SAMPLES_FILE)
 
 
 def grid_table(figures: Mapping[str, float]) -> str:

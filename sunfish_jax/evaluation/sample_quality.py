@@ -6,14 +6,22 @@ copied training text is fluent: a good model is near real text in all rows of th
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
 
 from sunfish_jax.data.examples import Example
+from sunfish_jax.data.tokens import TokenizedSplit
 from sunfish_jax.errors import UserError
-from sunfish_jax.evaluation.adherence import AdherenceJudge
+from sunfish_jax.evaluation.adherence import AdherenceJudge, prompted_articles
 from sunfish_jax.evaluation.degenerate import cut_like, degenerate_texts
 from sunfish_jax.evaluation.judge import Judge
 from sunfish_jax.evaluation.text_statistics import NgramIndex, text_statistics
+from sunfish_jax.generation.output import decode, jsonl_writer
 
+SAMPLES_FILE = "eval_samples.jsonl"
+# Texts are measured at this length or the block's, in tokens: about what an article of the default corpus has.
+SAMPLE_LENGTH = 128
 # The columns of the table, in order; the degenerate texts follow.
 SAMPLES, REAL = "samples", "real text"
 _OVERLAPS = (2, 4, 8)
@@ -89,6 +97,54 @@ class QualityJudge:
             progress(name)
             table[name] = self.figures(texts)
         return table
+
+
+def articles_to_write(examples: Sequence[Example], rows: TokenizedSplit, tokenizer, num: int) -> list[Example]:
+    """The held-out articles that samples are to be compared with, one for each sample.
+
+    Args:
+        examples: The held-out examples.
+        rows: The same, tokenized. Where prompts do not tell the examples apart, some of these are the articles.
+        tokenizer: Of the rows.
+        num: How many, or all there are.
+    """
+    if articles := prompted_articles(examples, num):
+        return articles
+    chosen = np.random.default_rng(0).permutation(rows.num_rows)[:num]
+    return [Example(decode(rows.row(row), tokenizer)) for row in chosen]
+
+
+def prompts_of(articles: Sequence[Example]) -> list[str | None]:
+    """The prompt that a sample is made for, one for each article: its first phrasing, or None for none."""
+    return [article.prompts[0] if article.prompts else None for article in articles]
+
+
+def judge_samples(
+    texts: Sequence[str], train: Sequence[Example], articles: Sequence[Example], path: Path
+) -> dict[str, dict[str, float]]:
+    """Saves samples and prints how good they are.
+
+    Args:
+        texts: One sample for each of `prompts_of(articles)`.
+        train: The training examples.
+        articles: As `articles_to_write` gives them.
+        path: Gets a JSON object a sample, with its prompt.
+
+    Returns:
+        The figures by set of texts and by name, as `QualityJudge.table`.
+    """
+    prompts = prompts_of(articles)
+    with jsonl_writer(path) as write:
+        for prompt, text in zip(prompts, texts, strict=True):
+            write({"prompt": prompt, "text": text})
+    judge = QualityJudge(train, articles, prompted=None not in prompts)
+    table = judge.table(texts, lambda name: print(f"  measuring {name}", flush=True))
+    print(f"{len(texts)} texts", end="")
+    print(f"; each prompt is looked for among {judge.among}" if judge.among else "")
+    print(format_table(table))
+    if judge.missing:
+        print(f"no perplexity: {judge.missing}")
+    return table
 
 
 def format_table(table: Mapping[str, Mapping[str, float]]) -> str:
