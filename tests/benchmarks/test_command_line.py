@@ -24,6 +24,8 @@ def benchmark(name: str, *arguments: str, folder: Path) -> subprocess.CompletedP
         ("sampling", ["--config:", "--workdir:", "--compare", "--torch_python:", "--repeats:"]),
         ("memory", ["--config:", "--devices:"]),
         ("held_out_curve", ["--workdir:", "--output:"]),
+        ("growth", ["--config:", "--output:", "--repeats:"]),
+        ("frontier", ["--workdir:", "--temperature:", "--scheduler:", "--texts:"]),
         ("samples_page", ["JSONL"]),
     ],
 )
@@ -55,6 +57,9 @@ def test_help_is_quick(tmp_path, name, words):
         ("sampling", [NANO, "--config.model.num_heads=7"], ["num_heads=7"]),
         ("memory", [], ["--config is missing"]),
         ("held_out_curve", ["--workdir=nowhere"], ["--workdir=nowhere", "no TensorBoard log"]),
+        ("growth", [], ["--config is missing"]),
+        ("growth", [NANO, "--config.model.width=32"], ["--config.KEY=VALUE means nothing here"]),
+        ("frontier", ["--workdir=nowhere"], ["--workdir=nowhere", "no run"]),
         ("samples_page", [], ["no file is named"]),
         ("samples_page", ["nowhere.jsonl"], ["nowhere.jsonl cannot be read"]),
     ],
