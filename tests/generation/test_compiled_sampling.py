@@ -1,0 +1,40 @@
+"""No slow form of matrix product may come back into sampling."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from encoders import FrozenEncoder
+
+from configs import micro
+from sunfish_jax.diffusion.samplers import make_steps
+from sunfish_jax.diffusion.schedules import make_schedule
+from sunfish_jax.generation.generator import _generate, sample_keys
+from sunfish_jax.models.denoiser import init_params, make_model
+from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.ops.compiled_text import count_matrix_products, slow_matrix_products
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_matrix_product_of_sampling_is_fast(dtype):
+    # micro's shapes with two of its layers.
+    config = micro.get_config()
+    config.model.num_layers = 2
+    config.model.compute_dtype = dtype
+    model = make_model(config, config.tokenizer.vocab_size, FrozenEncoder(output_dim=384))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    schedule = make_schedule("gumbel", model.embedding_dim, model.vocab_size)
+    rows, prompt_length = 3, 16
+    prompt = Prompt(
+        inputs=jax.ShapeDtypeStruct((rows, prompt_length, 384), jnp.float16),
+        mask=jax.ShapeDtypeStruct((rows, prompt_length), bool),
+    )
+    interval = schedule.gamma(jnp.asarray(config.sampling.guidance_interval))
+    keys, steps = sample_keys(0, jnp.arange(rows)), make_steps(schedule, 4, "ddim")
+    statics = {"seq_len": 64, "guidance_scale": 1.5, "counter": None}
+    lowered = _generate.lower(model, params, prompt, keys, steps, interval, 1.0, None, **statics)
+    text = lowered.compile().as_text()
+    # Ten products a layer and five around them; guidance has them a second time.
+    assert count_matrix_products(text) >= 2 * 2 * 10
+    assert slow_matrix_products(text) == []
