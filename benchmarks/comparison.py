@@ -165,7 +165,7 @@ def run(
     plain = faster_plain(config, model, mesh, schedule, plain_state, short_mix, repeats)
     ours = Course.of(JaxSteps(make_train_step(config, model, mesh), state), mix)
     short = ours if fewer == config.train.accumulate_steps else Course.of(ours.contender, short_mix)
-    in_torch = None if torch is None else prepare_torch(torch, config, prepared, mesh, ours, repeats)
+    in_torch = None if torch is None else prepare_torch(torch, config, prepared, mesh, schedule, ours, repeats)
     measured = Measured(ours, short, Course.of(plain, short_mix), in_torch)
     measure(measured, repeats, rate)
     report(name, config, model, rate, measured)
@@ -231,12 +231,17 @@ def faster_plain(
 
 
 def prepare_torch(
-    torch: TorchProcess, config: ConfigDict, prepared: Prepared, mesh: Mesh, ours: Course, repeats: int
+    torch: TorchProcess,
+    config: ConfigDict,
+    prepared: Prepared,
+    mesh: Mesh,
+    schedule: Schedule,
+    ours: Course,
+    repeats: int,
 ) -> TorchCourses:
     """The PyTorch peers, ready to be timed, and our steps with the twin's optimiser; `ours` are as configured."""
-    state = ours.contender.state
-    make_twin(torch, prepared.model, state.params)
-    twin = TwinSteps(torch, config, state.schedule)
+    make_twin(torch, prepared.model, ours.contender.state.params)
+    twin = TwinSteps(torch, config, schedule)
     twin.choose(most_frequent(ours.mix), number_formats(prepared.model), repeats)
     first = FirstSunFishSteps(torch)
     print(f"the first SunFish: {first.parameters:,} parameters, {first.positions:,} positions a step", flush=True)

@@ -42,11 +42,12 @@ def main(argv: list[str]) -> None:
     del argv
     end_on_interrupt()
     prepare_process()
-    from sampling_comparison import Sampled, run
     from torch_process import torch_to_compare_with
 
     try:
         with torch_to_compare_with(FLAGS.compare, FLAGS.torch_python) as torch:
+            from sampling_comparison import Sampled, run
+
             if FLAGS.workdir is None:
                 sampled = Sampled.fresh(config_path().stem, FLAGS.config)
             else:

@@ -394,6 +394,7 @@ class Sampler:
     def _sample(self, z, inputs, mask, steps, guidance_scale):
         model, rows, fused = self._model, len(z), self._variant.fused_attention
         table = model.embedding_table().to(self._variant.torch_dtype)
+        inputs = inputs.float()
         # Keys and values once: with the prompt, then without.
         both = model.encode_prompt(torch.cat([inputs, inputs]), torch.cat([mask, torch.zeros_like(mask)]))
         conditional, unconditional = (

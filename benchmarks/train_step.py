@@ -54,12 +54,13 @@ def main(argv: list[str]) -> None:
     del argv
     end_on_interrupt()
     prepare_process(FLAGS.config.train.num_devices)
-    import comparison
     from torch_process import torch_to_compare_with
 
     with tempfile.TemporaryDirectory() as temporary:
         try:
             with torch_to_compare_with(FLAGS.compare, FLAGS.torch_python) as torch:
+                import comparison
+
                 comparison.run(
                     config_path().stem,
                     FLAGS.config,

@@ -25,8 +25,7 @@ def test_it_learns_to_predict_noise(torch):
 
 def test_it_samples(torch):
     torch.call("first_sunfish", sizes=SMALL)
-    few, many = (
-        np.median([torch.call("first_sample", rows=3, length=16, num_steps=n)["seconds"] for _ in range(5)])
-        for n in (2, 20)
-    )
-    assert 4 < many / few < 25
+    sample = torch.call("first_sample", rows=3, length=12, num_steps=20)
+    assert sample["seconds"] > 0 and sample["tokens"].shape == (3, 12)
+    # Numbers that are none would all be the first token.
+    assert len(np.unique(sample["tokens"])) > 5

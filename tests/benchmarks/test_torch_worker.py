@@ -1,0 +1,43 @@
+"""What the worker does without PyTorch: choosing the fastest variant."""
+
+import dataclasses
+import time
+
+import pytest
+from torch_worker import Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    name: str
+    seconds: float
+    compiled: bool = False
+
+
+def run(variant: Variant) -> None:
+    if variant.seconds < 0:
+        raise OSError("no compiler\nwas found")
+    time.sleep(variant.seconds)
+
+
+def test_the_fastest_of_all_rounds_is_taken():
+    choice = Choice(run, repeats=3)
+    choice.among([Variant("slow", 0.03), Variant("fast", 0.01)])
+    choice.among(Variant(f"slower {n}", 0.02) for n in range(2))
+    assert choice.best.name == "fast"
+    account = choice.account()
+    assert list(account["seconds"]) == ["slow", "fast", "slower 0", "slower 1"]
+    assert account["seconds"]["slow"] == pytest.approx(0.03, rel=0.5)
+    assert account["best"] == "fast"
+
+
+def test_compiling_may_fail():
+    choice = Choice(run, repeats=1)
+    choice.among([Variant("eager", 0.001), Variant("compiled", -1, compiled=True)])
+    assert choice.best.name == "eager" and [variant.name for variant in choice.tried] == ["eager"]
+    assert choice.account()["failed"] == {"compiled": "OSError: no compiler was found"}
+
+
+def test_nothing_else_may():
+    with pytest.raises(OSError, match="no compiler"):
+        Choice(run, repeats=1).among([Variant("eager", -1)])
