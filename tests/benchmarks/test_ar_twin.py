@@ -119,6 +119,23 @@ def test_every_logit_reads_the_prompt_where_there_is_one(model, params, tokens, 
     np.testing.assert_array_equal(before[2], after[2])
 
 
+def test_dropout_reaches_what_goes_into_the_first_layer(tokens, prompt):
+    model = make_nano_twin(num_layers=1, dropout=0.5)
+    params = trained_params(model)
+    # Nothing comes out of the layer, so that only its input is left.
+    for name in ("attention_out", "cross_out", "mlp_out"):
+        params["layers_0"][name] *= 0
+
+    @jax.jit
+    def hidden(row_seeds):
+        keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
+        return model.apply({"params": params}, tokens, keys_values, row_seeds, method="hidden")
+
+    dropped = np.asarray(hidden(jnp.arange(ROWS, dtype=jnp.uint32))) == 0
+    assert 0.3 < dropped.mean() < 0.7
+    assert not (np.asarray(hidden(None)) == 0).any()
+
+
 @pytest.mark.parametrize("tied_head", [False, True])
 def test_untrained_it_predicts_the_tokens_frequencies(tokens, prompt, tied_head):
     model = make_nano_twin(tied_head, num_layers=1)
@@ -425,6 +442,23 @@ def test_its_average_goes_on_with_the_text(course, learning):
     np.testing.assert_array_equal(rows, row)
 
 
+def test_some_prompts_are_dropped_in_training_and_some_are_not(course, learning):
+    before, after = course[2]().params, learning[0].params
+    for name in ("null_prompt", "adapter_kernel"):
+        assert np.abs(before[name] - after[name]).max() > 0.01
+
+
+def test_dropout_is_new_with_every_key(course, learning):
+    *_, step, batch = course
+    # Without prompts there are none to drop.
+    batch = batch.replace(prompt=batch.prompt.replace(mask=np.zeros_like(batch.prompt.mask)))
+    losses = []
+    for seed in (0, 0, 1):
+        state = jax.tree.map(jnp.copy, learning[0]).replace(key=jax.random.key(seed))
+        losses.append(float(step(state, batch)[1]["loss"]))
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_a_step_at_rate_zero_moves_nothing(course):
     _, _, first_state, step, batch = course
     state = first_state()
@@ -628,6 +662,7 @@ def test_one_command_trains_evaluates_and_samples(tmp_path):
         "--eval_every=10",
         "--prompts_file=prompts.txt",
         "--num_samples=2",
+        "--eval_samples=2",
         "--output=samples.jsonl",
     ]
     done = ar_twin(*command, folder=tmp_path)
@@ -645,6 +680,7 @@ def test_one_command_trains_evaluates_and_samples(tmp_path):
     assert result["dropout"] == 0.05
     assert result["training_seconds"] <= 3.0 + 2.0
     assert 0 < result["bits_per_byte"]["with_prompt"]["value"] < 8
+    assert {"samples", "real text"} <= result["samples"].keys()
 
     # The time is over: the same command evaluates and samples again, and gets the same.
     again = ar_twin(*command, folder=tmp_path)
