@@ -56,9 +56,12 @@ class CausalTransformer(nn.Module):
             )
             for site in range(self.num_layers)
         ]
-        # Zero at the start, so that an untrained model predicts the tokens' frequencies.
-        rows = width if self.tied_head else self.vocab_size
-        self.head_kernel = self.param("head_kernel", zeros, (rows, width))
+        # Zero at the start, so that an untrained model predicts the tokens' frequencies. A table of tokens is no
+        # kernel to the optimiser: Adam, not Muon, trains it.
+        if self.tied_head:
+            self.head_kernel = self.param("head_kernel", zeros, (width, width))
+        else:
+            self.head_table = self.param("head_table", zeros, (self.vocab_size, width))
 
     # The denoiser's own: both read prompts alike.
     encode_prompt = TextDenoiser.encode_prompt
@@ -69,9 +72,9 @@ class CausalTransformer(nn.Module):
 
     def head(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
         """From the last norm's output [N, W], features [N, W] and table [V, W] whose product is the logits."""
-        if not self.tied_head:
-            return h, self.head_kernel.astype(self.dtype)
-        return dense(h, self.head_kernel.astype(self.dtype)), self.embedding.astype(self.dtype)
+        if self.tied_head:
+            return dense(h, self.head_kernel.astype(self.dtype)), self.embedding.astype(self.dtype)
+        return h, self.head_table.astype(self.dtype)
 
     def hidden(self, tokens: jax.Array, prompt: PromptKeysValues, row_seeds: jax.Array | None = None) -> jax.Array:
         """The last norm's output at every position, which has read only the tokens before it.
