@@ -671,7 +671,6 @@ def test_one_command_trains_evaluates_and_samples(tmp_path):
         "--config.train.batch_size=4",
         "--workdir=run",
         "--minutes=0.05",
-        "--eval_samples=0",
         "--dropout=0.05",
         "--eval_every=10",
         "--prompts_file=prompts.txt",
