@@ -40,7 +40,10 @@ class Contender(Protocol):
 
 
 class JaxSteps:
-    """A training step, compiled once for each shape of batch.
+    """A training step, compiled for each shape of batch of the row length at hand.
+
+    A process has a limited number of memory maps (65,530 on Linux, as it comes), and XLA:CPU makes three for each
+    kernel of a program: the steps of all contenders at all row lengths do not fit into it together.
 
     Attributes:
       state: what the next step starts from.
@@ -54,6 +57,7 @@ class JaxSteps:
     def seconds(self, batch: Batch) -> float:
         shape = batch.tokens.shape
         if shape not in self._compiled:
+            self._compiled = {other: step for other, step in self._compiled.items() if other[-1] == shape[-1]}
             self._compiled[shape] = self._step.lower(self.state, batch).compile()
             self.seconds(batch)
         start = time.perf_counter()
@@ -268,17 +272,16 @@ def measure(measured: Measured, repeats: int, rate: MatrixRate) -> None:
         courses += [measured.torch.ours, measured.torch.twin]
     # Some may be the same one.
     courses = list({id(course): course for course in courses}.values())
-    for repeat in range(repeats):
-        print(f"repeat {repeat + 1} of {repeats}, rows of", end="")
-        for index, typical in enumerate(measured.ours.mix):
-            print(f" {typical.length}", end="", flush=True)
+    print("timing rows of", end="", flush=True)
+    for index, typical in enumerate(measured.ours.mix):
+        print(f" {typical.length}", end="", flush=True)
+        for _ in range(repeats):
             for course in courses:
                 course.repeat(index)
-        if measured.torch is not None:
-            print(", the first SunFish", end="", flush=True)
-            measured.torch.first_times.append(measured.torch.first.seconds())
-        print()
+            if measured.torch is not None and typical.batch is most_frequent(measured.ours.mix):
+                measured.torch.first_times.append(measured.torch.first.seconds())
         rate.measure()
+    print()
 
 
 def real_tokens(batch: Batch) -> int:
