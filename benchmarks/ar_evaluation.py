@@ -12,8 +12,11 @@ from ar_likelihood import held_out_text, score
 from ar_model import count_parameters
 from ar_training import Twin, open_twin
 
+from sunfish_jax.data.batches import Batch
 from sunfish_jax.data.sources import open_source
+from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.errors import UserError
+from sunfish_jax.evaluation.infill_accuracy import infill_accuracy, infill_table
 from sunfish_jax.evaluation.sample_quality import (
     SAMPLE_LENGTH,
     SAMPLES_FILE,
@@ -24,6 +27,7 @@ from sunfish_jax.evaluation.sample_quality import (
 from sunfish_jax.generation.generator import sample_keys, take_rows
 from sunfish_jax.generation.options import SampleOptions
 from sunfish_jax.generation.output import decode, jsonl_writer, provenance
+from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import encode_prompts
 from sunfish_jax.workdir.json_file import write_json
 from sunfish_jax.workdir.run import DATA_FOLDER
@@ -83,9 +87,10 @@ def evaluate(twin: Twin, split: str, num_samples: int) -> dict:
         f"({len(held_out.nats)} rows, {int(held_out.num_tokens.sum())} tokens)",
         flush=True,
     )
-    rows = held_out_text(twin.prepared, config, split, config.eval.bound_rows)
+    text = held_out_text(twin.prepared, config, split, config.eval.bound_rows)
+    result["infill_accuracy"] = infill_figures(twin, text.rows)
     for name, prompted in (("with prompt", True), ("without prompt", False)):
-        exact = score(twin.model, twin.params, rows, prompted=prompted).bits_per_byte()
+        exact = score(twin.model, twin.params, text, prompted=prompted).bits_per_byte()
         result["bits_per_byte"][name.replace(" ", "_")] = dataclasses.asdict(exact)
         print(
             f"exact {name}: {exact.value:.3f} ± {exact.standard_error:.3f} bits per byte ({exact.num_rows} rows, "
@@ -96,6 +101,17 @@ def evaluate(twin: Twin, split: str, num_samples: int) -> dict:
         result["samples"] = sample_figures(twin, split, num_samples)
     write_json(twin.workdir / RESULT_FILE, result)
     return result
+
+
+def infill_figures(twin: Twin, rows: Sequence[Batch]) -> dict[str, dict]:
+    """Prints and returns how often gaps of each size are filled right: likeliest tokens, from the left alone."""
+
+    def fill(known: Known, prompt: Prompt, keys: jax.Array) -> np.ndarray:
+        return generate(twin.model, twin.params, prompt, keys, known.tokens.shape[1], temperature=0, known=known)
+
+    accuracies = infill_accuracy(fill, rows, most_frequent=int(np.argmax(twin.params["log_unigram"])))
+    print(infill_table(accuracies), flush=True)
+    return {str(size): dataclasses.asdict(accuracy) for size, accuracy in accuracies.items()}
 
 
 def sample_figures(twin: Twin, split: str, num_samples: int) -> dict[str, dict[str, float]]:

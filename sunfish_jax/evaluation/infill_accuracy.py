@@ -2,18 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.samplers import Known
-from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.evaluation.held_out import shuffled_order
-from sunfish_jax.generation.generator import Constraint, generate, sample_keys
-from sunfish_jax.generation.options import Settings
+from sunfish_jax.generation.generator import sample_keys
+from sunfish_jax.models.prompt import Prompt
+
+# Fills what is not given of rows [B, S]: from the given tokens, prompts and random keys [B] to tokens [B, S].
+Fill = Callable[[Known, Prompt, jax.Array], np.ndarray]
 
 GAP_SIZES = (1, 2, 4, 8)
 # Given tokens between two gaps.
@@ -40,26 +41,18 @@ class InfillAccuracy:
 
 
 def infill_accuracy(
-    model: nn.Module,
-    params: Mapping,
-    schedule: Schedule,
-    rows: Sequence[Batch],
-    settings: Settings,
-    most_frequent: int,
-    *,
-    seed: int = 0,
+    fill: Fill, rows: Sequence[Batch], most_frequent: int, *, seed: int = 0
 ) -> dict[int, InfillAccuracy]:
     """Fills gaps in held-out rows, without a prompt.
 
-    Both times the same gaps are filled from the same noise: any difference comes from what the model reads in
+    Both times the same gaps are filled with the same keys: any difference comes from what the model reads in
     the order of the words around them.
 
     Args:
-        model, params, schedule: As for `generate`.
+        fill: Fills gaps; padding counts as one, and is not looked at.
         rows: Held-out batches with A = 1.
-        settings: How to sample.
         most_frequent: The most frequent token of the training text.
-        seed: Of the gaps, the shuffling and the noise.
+        seed: Of the gaps, the shuffling and the keys.
 
     Returns:
         The accuracy in gaps of each of `GAP_SIZES` that occurs.
@@ -72,13 +65,7 @@ def infill_accuracy(
         prompt = batch.prompt.replace(mask=np.zeros_like(batch.prompt.mask))
         keys = sample_keys(seed, i << 16 | np.arange(len(gaps)))
         shuffled = np.take_along_axis(batch.tokens, shuffled_order(known, seed=i), axis=1)
-        right = []
-        for given in (batch.tokens, shuffled):
-            constraint = Constraint(Known(given, known), np.zeros_like(given), np.ones((1, model.vocab_size), bool))
-            filled = generate(
-                model, params, schedule, prompt, keys, given.shape[1], settings, constraint=constraint
-            )
-            right.append(filled == batch.tokens)
+        right = [fill(Known(given, known), prompt, keys) == batch.tokens for given in (batch.tokens, shuffled)]
         right += [batch.tokens == most_frequent, np.ones_like(known)]
         counts.append(
             np.stack([[(of & (gaps == size)).sum(-1) for of in right] for size in GAP_SIZES]).transpose(2, 0, 1)
@@ -86,6 +73,19 @@ def infill_accuracy(
     # [rows, sizes, (true, shuffled, unigram, all)]
     counts = np.concatenate(counts).astype(float)
     return {size: _accuracy(counts[:, i]) for i, size in enumerate(GAP_SIZES) if counts[:, i].any()}
+
+
+def infill_table(accuracies: Mapping[int, InfillAccuracy]) -> str:
+    """The accuracies as a table, a line for each size of gap."""
+    lines = [
+        "gap, tokens   filled right   with shuffled surroundings   most frequent token   (share of the tokens)"
+    ]
+    for size, of in accuracies.items():
+        lines.append(
+            f"{size:11d}   {of.true:12.3f}   {of.shuffled:8.3f} ({of.shuffled - of.true:+.3f} ± "
+            f"{of.standard_error:.3f})   {of.unigram:19.3f}   ({of.num_tokens} tokens)"
+        )
+    return "\n".join(lines)
 
 
 def _accuracy(counts: np.ndarray) -> InfillAccuracy:

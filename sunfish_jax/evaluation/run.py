@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from sunfish_jax.data.batches import Batch, held_out_row_numbers, held_out_rows
@@ -16,10 +17,11 @@ from sunfish_jax.data.examples import Example
 from sunfish_jax.data.sources import Source, open_source
 from sunfish_jax.data.tokens import TokenizedSplit, prepare
 from sunfish_jax.diffusion.process import HELD_OUT_SNRS
+from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.bound import bits_per_byte
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
-from sunfish_jax.evaluation.infill_accuracy import infill_accuracy
+from sunfish_jax.evaluation.infill_accuracy import infill_accuracy, infill_table
 from sunfish_jax.evaluation.sample_quality import (
     SAMPLE_LENGTH,
     SAMPLES,
@@ -28,9 +30,11 @@ from sunfish_jax.evaluation.sample_quality import (
     judge_samples,
     prompts_of,
 )
+from sunfish_jax.generation.generator import Constraint, generate
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.generation.sample import sample_texts
+from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import encode_prompts
 from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.workdir.event_writer import SummaryWriter
@@ -111,13 +115,15 @@ def infill_figures(run: Run, rows: list[Batch]) -> dict[str, dict]:
     sampling = run.config.sampling
     settings = Settings.make(sampling).with_steps(min(sampling.num_steps, _INFILL_STEPS))
     most_frequent = int(np.argmax(run.params["log_unigram"]))
-    accuracies = infill_accuracy(run.model, run.params, run.schedule, rows, settings, most_frequent)
-    print("gap, tokens   filled right   with shuffled surroundings   most frequent token   (share of the tokens)")
-    for size, of in accuracies.items():
-        print(
-            f"{size:11d}   {of.true:12.3f}   {of.shuffled:8.3f} ({of.shuffled - of.true:+.3f} ± "
-            f"{of.standard_error:.3f})   {of.unigram:19.3f}   ({of.num_tokens} tokens)"
-        )
+    anything = np.ones((1, run.model.vocab_size), bool)
+
+    def fill(known: Known, prompt: Prompt, keys: jax.Array) -> np.ndarray:
+        constraint = Constraint(known, np.zeros_like(known.tokens), anything)
+        length = known.tokens.shape[1]
+        return generate(run.model, run.params, run.schedule, prompt, keys, length, settings, constraint=constraint)
+
+    accuracies = infill_accuracy(fill, rows, most_frequent)
+    print(infill_table(accuracies))
     return {str(size): dataclasses.asdict(accuracy) for size, accuracy in accuracies.items()}
 
 

@@ -656,7 +656,7 @@ def test_a_wrong_argument_is_one_line_and_code_2(tmp_path, arguments, message):
 
 @pytest.mark.slow
 def test_one_command_trains_evaluates_and_samples(tmp_path):
-    sizes = ("small", "large", "old", "young", "quick", "quiet")
+    sizes = ("very small", "rather large", "surprisingly old", "young", "quick", "quiet")
     with (tmp_path / "corpus.jsonl").open("w") as file:
         for size, animal, deed in itertools.product(sizes, ("whale", "camel", "owl"), ("sleeps", "eats", "hides")):
             for time in ("at night", "in spring", "by day", "at dawn"):
@@ -693,6 +693,7 @@ def test_one_command_trains_evaluates_and_samples(tmp_path):
     assert result["dropout"] == 0.05
     assert result["training_seconds"] <= 3.0 + 2.0
     assert 0 < result["bits_per_byte"]["with_prompt"]["value"] < 8
+    assert 0 <= result["infill_accuracy"]["1"]["true"] <= 1
     assert {"samples", "real text"} <= result["samples"].keys()
 
     # The time is over: the same command evaluates and samples again, and gets the same.

@@ -7,6 +7,7 @@ from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.schedules import make_schedule
 from sunfish_jax.evaluation.infill_accuracy import GAP_SIZES, choose_gaps, infill_accuracy
+from sunfish_jax.generation.generator import Constraint, generate
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.models.prompt import Prompt
 
@@ -52,7 +53,12 @@ def test_gaps_are_filled_from_their_surroundings():
     params = {"table": jax.random.normal(jax.random.key(0), (VOCAB, DIM))}
     schedule = make_schedule("gumbel", DIM, VOCAB)
     rows = [batch(rng, rows=24), batch(rng, rows=24)]
-    accuracies = infill_accuracy(model, params, schedule, rows, settings, most_frequent=7)
+
+    def fill(known, prompt, keys):
+        constraint = Constraint(known, np.zeros_like(known.tokens), np.ones((1, VOCAB), bool))
+        return generate(model, params, schedule, prompt, keys, 48, settings, constraint=constraint)
+
+    accuracies = infill_accuracy(fill, rows, most_frequent=7)
     assert tuple(accuracies) == GAP_SIZES
     for size, accuracy in accuracies.items():
         # A neighbour on each side is at most two tokens away in all but the longest gaps.
