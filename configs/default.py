@@ -14,8 +14,8 @@ def get_config() -> ConfigDict:
     # The column or feature that holds the text, and the one that holds the prompt (optional in the data).
     data.text_key = "text"
     data.prompt_key = "prompt"
-    # Rows come in this many lengths at most, chosen to waste the fewest positions on padding. Each is compiled: on
-    # Linux a process may have 65,530 memory maps, of which a step of `micro` takes 2,600 at every length.
+    # Rows come in this many lengths at most, chosen to waste the fewest positions on padding. The step is compiled
+    # for each: for `micro` that takes seconds, and 2,600 of the 65,530 memory maps that Linux gives a process.
     data.num_buckets = 8
 
     config.tokenizer = tokenizer = ConfigDict()
