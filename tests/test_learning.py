@@ -50,7 +50,7 @@ def test_a_small_model_learns_order_gaps_and_prompts(tmp_path):
 
     # The order of the words says much about each of them.
     assert result["held_out"]["context/gain"] > 0.2
-    # So few words go together here that shuffled surroundings tell nearly as much about a gap: against guessing only.
+    # So few words go together here that shuffled surroundings tell nearly as much of a gap: against guessing only.
     for gap in result["infill_accuracy"].values():
         assert gap["true"] > gap["unigram"] + 0.3
     # The prompt tells the animal and its place.
