@@ -90,7 +90,8 @@ def scale_by_muon(compute_dtype: jnp.dtype) -> optax.GradientTransformation:
         directions = [None] * len(leaves)
         for shape in sorted({leaf.shape for leaf in leaves}):
             places = [place for place, leaf in enumerate(leaves) if leaf.shape == shape]
-            together = orthogonalize(jnp.stack([leaves[place] for place in places]), compute_dtype)
+            stack = jnp.stack([leaves[place].astype(compute_dtype) for place in places])
+            together = orthogonalize(stack, compute_dtype)
             for place, matrix in zip(places, 0.2 * max(shape) ** 0.5 * together, strict=True):
                 directions[place] = matrix
         return jax.tree.unflatten(tree, directions)

@@ -15,7 +15,7 @@ def test_keeps_the_singular_vectors_and_levels_the_values(shape, dtype):
     matrix = u * np.geomspace(20.0, 1.0, len(s)) @ vt
     got = np.asarray(orthogonalize(jnp.asarray(matrix, jnp.float32), jnp.dtype(dtype)), np.float64)
     inner = u.T @ got @ vt.T
-    tolerance = 1e-3 if dtype == "float32" else 0.06
+    tolerance = 1e-3 if dtype == "float32" else 0.15
     np.testing.assert_allclose(inner - np.diag(np.diag(inner)), 0.0, atol=tolerance)
     # The interval in which the iteration ends.
     slack = 1e-3 if dtype == "float32" else 0.04
