@@ -89,7 +89,7 @@ def _layer(model, params, x, scales, position, prompt, cache):
     batch = x.shape[0]
 
     def product(h, name):
-        return dense(h.reshape(-1, h.shape[-1]), params[name].astype(model.dtype), model.dtype)
+        return dense(h.reshape(-1, h.shape[-1]), params[name].astype(model.dtype)).astype(model.dtype)
 
     def local(h, name, before):
         if not model.conv_width:

@@ -214,7 +214,7 @@ def make_plain(model: TextDenoiser, dtype: jnp.dtype) -> PlainDenoiser:
 
 
 def plain_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Our weights in the plain network's tree. The arrays are the same ones."""
+    """Our weights in the plain network's tree. The arrays are the same ones, but for the transposed `mlp_out`."""
     dense = {
         "embedding": ("tokens", "embedding"),
         "input_kernel": ("input", "kernel"),
@@ -233,7 +233,8 @@ def plain_params(params: Mapping[str, Any]) -> dict[str, Any]:
             return (*name.split("/"), "kernel")
         return dense.get(name) or tuple(name.split("/"))
 
-    return unflatten_dict({place(name): value for name, value in flatten_dict(params, sep="/").items()})
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({place(name): flat[name].T if name.endswith("mlp_out") else flat[name] for name in flat})
 
 
 @flax.struct.dataclass

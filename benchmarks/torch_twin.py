@@ -201,7 +201,10 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Takes our weights, by the names in our tree joined with slashes; kernels are [in, out] there."""
+        """Takes our weights, by the names in our tree joined with slashes.
+
+        Kernels are [in, out] there, but for `mlp_out`, which is as in PyTorch.
+        """
         kernels = {
             "noise_in": "noise_level/kernel_in",
             "noise_out": "noise_level/kernel_out",
@@ -216,7 +219,10 @@ class Denoiser(nn.Module):
             if layer.startswith("layers_"):
                 number = layer.removeprefix("layers_")
                 place = f"layers.{number}.{name}"
-                ours |= {place: value} if name.endswith("_taps") else {f"{place}.weight": value.T}
+                if name.endswith("_taps"):
+                    ours[place] = value
+                else:
+                    ours[f"{place}.weight"] = value if name == "mlp_out" else value.T
         ours["frequencies"] = self.frequencies.numpy()
         self.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in ours.items()})
 

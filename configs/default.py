@@ -47,7 +47,8 @@ def get_config() -> ConfigDict:
     config.prompt_encoder = prompt_encoder = ConfigDict()
     # `minilm` (frozen all-MiniLM-L6-v2), `transformer` (trained from scratch), `gpt2` (frozen embeddings).
     prompt_encoder.name = "minilm"
-    # The longest prompt in the encoder's tokens; the rest of a longer one is not read.
+    # The longest prompt in the encoder's tokens; the rest of a longer one is not read. In training the few longest
+    # in a thousand may be cut earlier.
     prompt_encoder.max_length = 64
     # `gpt2`: a folder with GPT-2's model.safetensors and tokenizer.json.
     prompt_encoder.path = ""

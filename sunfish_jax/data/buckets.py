@@ -45,10 +45,10 @@ def choose_buckets(lengths: np.ndarray, num_buckets: int, block_size: int, multi
 
 
 def rows_per_pass(length: int, config: ConfigDict) -> int:
-    """B, the rows of one forward pass at a row length: as many positions as `batch_size` whole blocks have.
+    """B, the rows of one forward pass at a row length: about as many positions as `batch_size` whole blocks have.
 
     A multiple of the number of devices, and even where `batch_size` is: so one and two devices share rows alike.
     """
     train, block_size = config.train, config.model.block_size
     unit = math.lcm(2, train.num_devices) if train.batch_size % 2 == 0 else train.num_devices
-    return max(unit, train.batch_size * block_size // length // unit * unit)
+    return max(unit, round(train.batch_size * block_size / length / unit) * unit)

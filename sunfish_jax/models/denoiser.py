@@ -105,7 +105,7 @@ class TextDenoiser(nn.Module):
         # Only one position of a null prompt is read: they are all the same.
         mask = jnp.where(given, prompt.mask, jnp.arange(length) == 0)
         states = states.reshape(batch * length, -1)
-        both = dense(states, self.prompt_kernel.astype(self.dtype), self.dtype)
+        both = dense(states, self.prompt_kernel.astype(self.dtype)).astype(self.dtype)
         parts = [split_heads(part, batch, self.num_heads) for part in jnp.split(both, 2 * self.num_layers, axis=-1)]
         return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)
 

@@ -104,9 +104,9 @@ class TransformerLayer(nn.Module):
         """
         batch, _, width = x.shape
 
-        def kernel(name, fan_in, fan_out, init=None):
-            init = init or kernel_init(fan_in)
-            return self.param(name, init, (fan_in, fan_out)).astype(self.dtype)
+        def kernel(name, rows, columns, init=None):
+            init = init or kernel_init(rows)
+            return self.param(name, init, (rows, columns)).astype(self.dtype)
 
         def local(h, name):
             if not self.conv_width:
@@ -118,19 +118,19 @@ class TransformerLayer(nn.Module):
             return x + dropout(branch.reshape(x.shape), row_seeds, 3 * self.site + site, self.dropout)
 
         h = local(rms_norm(x, scales[0]), "attention_taps").reshape(-1, width)
-        qkv = dense(h, kernel("attention_in", width, 3 * width), self.dtype)
+        qkv = dense(h, kernel("attention_in", width, 3 * width))
         q, k, v = (split_heads(part, batch, self.num_heads) for part in jnp.split(qkv, 3, axis=-1))
-        h = merge_heads(attention(rotary(q), rotary(k), v, None, self.causal))
+        q, k, v = (part.astype(self.dtype) for part in (rotary(q), rotary(k), v))
+        h = merge_heads(attention(q, k, v, None, self.causal))
         x = residual(dense(h, kernel("attention_out", width, width, nn.initializers.zeros)), 0)
 
         h = rms_norm(x, scales[1]).reshape(-1, width)
-        q = split_heads(dense(h, kernel("cross_in", width, width), self.dtype), batch, self.num_heads)
+        q = split_heads(dense(h, kernel("cross_in", width, width)), batch, self.num_heads).astype(self.dtype)
         h = merge_heads(attention(q, prompt_keys, prompt_values, prompt_mask))
         x = residual(dense(h, kernel("cross_out", width, width, nn.initializers.zeros)), 1)
 
         h = local(rms_norm(x, scales[2]), "mlp_taps").reshape(-1, width)
         hidden = self.mlp_ratio * width
-        branch = squared_relu_mlp(
-            h, kernel("mlp_in", width, hidden), kernel("mlp_out", hidden, width, nn.initializers.zeros)
-        )
-        return residual(branch, 2)
+        # The second kernel too is [W, hidden]: squared_relu_mlp says why.
+        mlp_out = kernel("mlp_out", width, hidden, nn.initializers.zeros)
+        return residual(squared_relu_mlp(h, kernel("mlp_in", width, hidden), mlp_out), 2)

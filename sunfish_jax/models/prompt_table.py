@@ -9,8 +9,11 @@ import numpy as np
 from sunfish_jax.models.prompt import Prompt, round_up
 from sunfish_jax.models.prompt_encoder import PromptEncoder
 
-# Prompts tokenized together while looking for the longest.
+# Prompts tokenized together while measuring their lengths.
 _CHUNK = 4096
+# Share of the prompts that may be too long for the table: without it all of them would be as wide as the longest,
+# and each layer attends to the whole width.
+_CUT_SHARE = 0.005
 
 
 class PromptTable:
@@ -20,7 +23,8 @@ class PromptTable:
     alone, so that a run which is resumed, and has forgotten it, sees the same bits.
 
     Attributes:
-        width: P, the longest prompt's length in tokens rounded up to a multiple of 16.
+        width: P, a multiple of 8 tokens that holds all prompts but a few in a thousand. Of those the states (or
+            tokens) behind it are left out; states of a frozen encoder are those of the whole prompt.
     """
 
     def __init__(
@@ -30,7 +34,7 @@ class PromptTable:
         texts: Callable[[np.ndarray], list[str]],
         cache_bytes: int = 2**29,
     ):
-        """Looks through the prompts for the longest.
+        """Measures the prompts.
 
         Args:
             encoder: What encodes them.
@@ -47,13 +51,11 @@ class PromptTable:
         self.width = self._find_width(num_prompts)
 
     def _find_width(self, num_prompts: int) -> int:
-        width, widest = round_up(0), round_up(self._encoder.max_length)
+        lengths = [0]
         for start in range(0, num_prompts, _CHUNK):
             _, mask = self._encoder.tokenize(self._texts(np.arange(start, min(start + _CHUNK, num_prompts))))
-            width = max(width, mask.shape[1])
-            if width == widest:
-                break
-        return width
+            lengths += mask.sum(axis=-1).tolist()
+        return round_up(np.quantile(lengths, 1.0 - _CUT_SHARE, method="higher"), 8)
 
     def __call__(self, indices: np.ndarray) -> Prompt:
         """The prompts of a batch.
@@ -74,8 +76,9 @@ class PromptTable:
         mask = np.zeros(shape, bool)
         for at, index in enumerate(wanted.tolist()):
             if index >= 0:
-                inputs[at, : len(rows[index])] = rows[index]
-                mask[at, : len(rows[index])] = True
+                row = rows[index][: self.width]
+                inputs[at, : len(row)] = row
+                mask[at, : len(row)] = True
         inverse = inverse.reshape(np.shape(indices))
         return Prompt(inputs=inputs[inverse], mask=mask[inverse])
 

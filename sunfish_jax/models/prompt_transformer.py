@@ -55,7 +55,7 @@ class PromptTransformer(nn.Module):
         for i in range(self.num_layers):
             normed = nn.RMSNorm(name=f"attention_norm_{i}")(x)
             query, key, value = (
-                heads(dense(normed, self._kernel(f"{name}_{i}", self.width, self.width), self.dtype))
+                heads(dense(normed, self._kernel(f"{name}_{i}", self.width, self.width))).astype(self.dtype)
                 for name in ("query", "key", "value")
             )
             attended = attention(query, key, value, mask).transpose(0, 2, 1, 3).reshape(x.shape)
@@ -63,7 +63,7 @@ class PromptTransformer(nn.Module):
             x += squared_relu_mlp(
                 nn.RMSNorm(name=f"mlp_norm_{i}")(x),
                 self._kernel(f"mlp_in_{i}", self.width, 4 * self.width),
-                self._kernel(f"mlp_out_{i}", 4 * self.width, self.width),
+                self._kernel(f"mlp_out_{i}", self.width, 4 * self.width),
             )
         return nn.RMSNorm(name="output_norm")(x).reshape(*batch, length, self.width)
 

@@ -1,7 +1,5 @@
 """Matrix products whose gradients stay on XLA:CPU's fast path."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -25,42 +23,43 @@ def transposed_copy(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype = jnp.float32) -> jax.Array:
+@jax.custom_vjp
+def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x @ kernel, computed in the kernel's dtype and accumulated in float32.
 
     Args:
       x: [N, K], any float dtype; cast to the kernel's.
       kernel: [K, M].
-      out_dtype: dtype of the result.
 
     Returns:
-      [N, M].
+      [N, M] float32: XLA:CPU may take half as long again for a bfloat16 result.
     """
-    return _dense_forward(x, kernel, out_dtype)[0]
+    return _dense_forward(x, kernel)[0]
 
 
-def _dense_forward(x, kernel, out_dtype):
-    y = jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=out_dtype)
+def _dense_forward(x, kernel):
+    y = jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
     # A zero-size array carries the input's dtype to the backward pass, where the gradient must have it.
     return y, (x.astype(kernel.dtype), kernel, jnp.zeros((0,), x.dtype))
 
 
-def _dense_backward(out_dtype, residuals, g):
-    del out_dtype
+def _dense_backward(residuals, g):
     x, kernel, like_x = residuals
     g = g.astype(kernel.dtype)
-    return input_gradient(g, kernel, like_x.dtype), kernel_gradient(x, g)
+    return _times_transposed(g, kernel, like_x.dtype), kernel_gradient(x, g)
 
 
-def input_gradient(g: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """g @ kernel.T for g [N, M] and kernel [K, M]: the gradient with respect to a dense layer's input."""
-    return jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+def _times_transposed(left: jax.Array, right: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """left @ right.T for left [N, M] and right [K, M], as a dense layer's gradient with respect to its input is."""
+    return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
 
 def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """x.T @ g for x [N, K] and g [N, M]: the gradient with respect to a dense layer's kernel."""
-    return jnp.dot(transposed_copy(x), g, preferred_element_type=g.dtype)
+    """x.T @ g for x [N, K] and g [N, M]: the gradient with respect to a dense layer's kernel.
+
+    Rounded to the dtype of g only in name where the result is summed in float32: XLA leaves the two casts out.
+    """
+    return jnp.dot(transposed_copy(x), g, preferred_element_type=jnp.float32).astype(g.dtype)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
@@ -68,14 +67,16 @@ dense.defvjp(_dense_forward, _dense_backward)
 
 @jax.custom_vjp
 def squared_relu_mlp(x: jax.Array, kernel_in: jax.Array, kernel_out: jax.Array) -> jax.Array:
-    """relu(x @ kernel_in)^2 @ kernel_out, keeping one narrow array for the backward pass.
+    """relu(x @ kernel_in)^2 @ kernel_out.T, keeping one narrow array for the backward pass.
 
     What is kept is the square: its root gives relu(x @ kernel_in) back, which the gradient of the square needs.
+    With the second kernel stored the other way round its gradient too needs a transposed copy of a narrow array
+    only, [N, K].
 
     Args:
       x: [N, K], cast to the kernels' dtype.
       kernel_in: [K, M].
-      kernel_out: [M, K].
+      kernel_out: [K, M].
 
     Returns:
       [N, K] in float32.
@@ -87,18 +88,18 @@ def _mlp_forward(x, kernel_in, kernel_out):
     low = x.astype(kernel_in.dtype)
     hidden = jnp.dot(low, kernel_in, preferred_element_type=jnp.float32)
     squared = jnp.square(jax.nn.relu(hidden)).astype(kernel_in.dtype)
-    y = jnp.dot(squared, kernel_out, preferred_element_type=jnp.float32)
+    y = _times_transposed(squared, kernel_out, jnp.float32)
     return y, (low, squared, kernel_in, kernel_out, jnp.zeros((0,), x.dtype))
 
 
 def _mlp_backward(residuals, g):
     low, squared, kernel_in, kernel_out, like_x = residuals
     g = g.astype(kernel_out.dtype)
-    d_kernel_out = kernel_gradient(squared, g)
-    d_squared = input_gradient(g, kernel_out, jnp.float32)
+    d_kernel_out = kernel_gradient(g, squared)
+    d_squared = jnp.dot(g, kernel_out, preferred_element_type=jnp.float32)
     d_hidden = (2.0 * jnp.sqrt(squared.astype(jnp.float32)) * d_squared).astype(kernel_in.dtype)
     d_kernel_in = kernel_gradient(low, d_hidden)
-    return input_gradient(d_hidden, kernel_in, like_x.dtype), d_kernel_in, d_kernel_out
+    return _times_transposed(d_hidden, kernel_in, like_x.dtype), d_kernel_in, d_kernel_out
 
 
 squared_relu_mlp.defvjp(_mlp_forward, _mlp_backward)

@@ -203,7 +203,7 @@ class Reference:
             read = [self.attend(row, both[i], both[layers + i]) for row in q]
             x = x + np.stack(read) @ layer["cross_out"]
             h = self.convolve(self.norm(x, scales[2]), layer["mlp_taps"])
-            x = x + np.maximum(h @ layer["mlp_in"], 0) ** 2 @ layer["mlp_out"]
+            x = x + np.maximum(h @ layer["mlp_in"], 0) ** 2 @ layer["mlp_out"].T
         h = self.norm(x, p["norm_scales"][-1])
         if self.model.tied_head:
             logits = h @ p["head_kernel"] @ p["embedding"].T + p["log_unigram"]

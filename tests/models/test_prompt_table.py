@@ -37,10 +37,10 @@ def _counting_encoder(trained=False):
 
 def test_states_are_those_of_the_prompts_alone_to_the_last_bit(minilm):
     table = PromptTable(minilm, len(PROMPTS), _texts)
-    assert table.width == 32
+    assert table.width == 24
     indices = np.array([[3, -1, 0], [2, 3, 1]])
     prompt = table(indices)
-    assert prompt.inputs.shape == (2, 3, 32, 384) and prompt.inputs.dtype == np.float16
+    assert prompt.inputs.shape == (2, 3, 24, 384) and prompt.inputs.dtype == np.float16
     for at in np.ndindex(2, 3):
         if indices[at] < 0:
             assert not prompt.mask[at].any() and not prompt.inputs[at].any()
@@ -77,19 +77,34 @@ def test_each_prompt_is_encoded_once_and_the_least_recently_used_is_forgotten():
     np.testing.assert_array_equal(everything.inputs[:, 0, 0], np.arange(20))
 
 
-def test_the_width_is_that_of_the_longest_prompt_wherever_it_is(monkeypatch):
-    monkeypatch.setattr(prompt_table, "_CHUNK", 4)
-    encoder, _ = _counting_encoder()
-    words = ["w1"] * 9 + ["w1 " * 17]
-    assert PromptTable(encoder, 10, lambda indices: [words[i] for i in indices]).width == 32
-    assert PromptTable(encoder, 9, lambda indices: [words[i] for i in indices]).width == 16
+def test_the_width_holds_all_prompts_but_a_few_in_a_thousand(monkeypatch):
+    monkeypatch.setattr(prompt_table, "_CHUNK", 100)
+
+    def width(lengths):
+        words = ["w1 " * length for length in lengths]
+        return PromptTable(_counting_encoder()[0], len(words), lambda indices: [words[i] for i in indices]).width
+
+    assert width([1] * 9 + [17]) == 24
+    assert width([1] * 9 + [16]) == 16
+    assert width([17] + [1] * 500) == 8
+    assert width([17] * 5 + [1] * 500) == 24
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_prompt_wider_than_the_table_is_cut(trained):
+    encoder, _ = _counting_encoder(trained)
+    words = ["w1 " * 7 + "w2 w3 w4", *["w1"] * 500]
+    prompt = PromptTable(encoder, 501, lambda indices: [words[i] for i in indices])(np.array([0, 1]))
+    first = prompt.inputs.reshape(2, 8, -1)[..., 0]
+    assert prompt.mask.sum(axis=-1).tolist() == [8, 1]
+    assert first.tolist() == [[1] * 7 + [2], [1] + [0] * 7]
 
 
 def test_no_prompts_at_all():
-    for trained, shape in ((False, (2, 16, 4)), (True, (2, 16))):
+    for trained, shape in ((False, (2, 8, 4)), (True, (2, 8))):
         encoder, calls = _counting_encoder(trained)
         prompt = PromptTable(encoder, 0, lambda indices: [])(np.array([-1, -1]))
-        assert prompt.inputs.shape == shape and prompt.mask.shape == (2, 16)
+        assert prompt.inputs.shape == shape and prompt.mask.shape == (2, 8)
         assert not prompt.mask.any() and not calls
 
 
@@ -97,6 +112,6 @@ def test_a_trained_encoder_gets_tokens():
     encoder, _ = _counting_encoder(trained=True)
     words = ["w3 w4", "w5", "w1 " * 20]
     prompt = PromptTable(encoder, 3, lambda indices: [words[i] for i in indices])(np.array([[1, 0], [-1, 2]]))
-    assert prompt.inputs.shape == prompt.mask.shape == (2, 2, 32) and prompt.inputs.dtype == np.int32
+    assert prompt.inputs.shape == prompt.mask.shape == (2, 2, 24) and prompt.inputs.dtype == np.int32
     assert prompt.inputs[0, :, :3].tolist() == [[5, 0, 0], [3, 4, 0]]
     assert prompt.mask.sum(axis=-1).tolist() == [[1, 2], [0, 20]]

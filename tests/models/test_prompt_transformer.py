@@ -41,7 +41,7 @@ def _plain(params, tokens, width=8, num_heads=2):
                 weights = np.exp(key[:, at] @ query[position, at] / 2)
                 attended[position, at] = weights @ value[:, at] / weights.sum()
         x = x + attended @ params[f"attention_output_{i}_kernel"]
-        x = x + np.maximum(_rms_norm(x) @ params[f"mlp_in_{i}_kernel"], 0) ** 2 @ params[f"mlp_out_{i}_kernel"]
+        x = x + np.maximum(_rms_norm(x) @ params[f"mlp_in_{i}_kernel"], 0) ** 2 @ params[f"mlp_out_{i}_kernel"].T
     return _rms_norm(x)
 
 

@@ -76,8 +76,8 @@ def test_dense_gradient_keeps_the_inputs_dtype():
 @given(n=sizes, k=sizes, m=sizes, dtype=dtypes, seed=st.integers(0, 99))
 def test_squared_relu_mlp(n, k, m, dtype, seed):
     rng = np.random.default_rng(seed)
-    arguments = normal(rng, n, k), normal(rng, k, m) / np.sqrt(k), normal(rng, m, k) / np.sqrt(m)
-    assert_same_function(squared_relu_mlp, lambda x, a, b: jnp.square(jax.nn.relu(x @ a)) @ b, arguments, dtype)
+    arguments = normal(rng, n, k), normal(rng, k, m) / np.sqrt(k), normal(rng, k, m) / np.sqrt(m)
+    assert_same_function(squared_relu_mlp, lambda x, a, b: jnp.square(jax.nn.relu(x @ a)) @ b.T, arguments, dtype)
 
 
 @few_examples
