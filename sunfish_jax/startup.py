@@ -22,7 +22,9 @@ def prepare_process(num_cpu_devices: int = 1) -> None:
     # Compiled steps are kept from run to run: a later start is 5-20 s shorter.
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "sunfish_jax" / "jax"))
+        # What is compiled is divided among the cores there are, and JAX's keys do not tell their number.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "sunfish_jax" / f"jax-{cores}-cores"))
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
 
 

@@ -1,9 +1,12 @@
 """A short depthwise convolution along the sequence, as shifted sums that fuse into their neighbours."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_convolution(x: jax.Array, kernel: jax.Array, causal: bool = False) -> jax.Array:
     """y[b, s, w] = sum_j kernel[j, w] x[b, s + j - K // 2, w], with zeros beyond the ends.
 
@@ -15,7 +18,34 @@ def depthwise_convolution(x: jax.Array, kernel: jax.Array, causal: bool = False)
     Returns:
       [B, S, W].
     """
-    reach = kernel.shape[0] // 2
-    before, after = (2 * reach, 0) if causal else (reach, reach)
-    padded = jnp.pad(x, ((0, 0), (before, after), (0, 0)))
-    return sum(kernel[j] * padded[:, j : j + x.shape[1]] for j in range(kernel.shape[0]))
+    return _forward(x, kernel, causal)[0]
+
+
+def _shifted(x: jax.Array, reach: tuple[int, int]) -> list[jax.Array]:
+    """x[b, s + j - before, w] for every j from 0 to before + after; `reach` is (before, after)."""
+    padded = jnp.pad(x, ((0, 0), reach, (0, 0)))
+    return [padded[:, j : j + x.shape[1]] for j in range(sum(reach) + 1)]
+
+
+def _reach(kernel: jax.Array, causal: bool) -> tuple[int, int]:
+    last = len(kernel) - 1
+    return (last, 0) if causal else (last // 2, last // 2)
+
+
+def _forward(x, kernel, causal):
+    y = sum(tap * part for tap, part in zip(kernel, _shifted(x, _reach(kernel, causal)), strict=True))
+    # x alone is kept. The automatic gradient would keep every shifted copy.
+    return y, (x, kernel)
+
+
+def _backward(causal, residuals, g):
+    x, kernel = residuals
+    before, after = _reach(kernel, causal)
+    d_x = sum(tap * part for tap, part in zip(kernel[::-1], _shifted(g, (after, before)), strict=True))
+    # Row by row in one fusion first: XLA:CPU multiplies and adds in one pass only where it adds few.
+    products = [sum(g[row] * part[row] for row in range(len(g))) for part in _shifted(x, (before, after))]
+    d_kernel = jax.lax.optimization_barrier(jnp.stack(products)).sum(axis=1)
+    return d_x, d_kernel
+
+
+depthwise_convolution.defvjp(_forward, _backward)
