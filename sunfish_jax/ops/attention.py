@@ -5,15 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sunfish_jax.ops.dense import transposed_copy
+from sunfish_jax.ops.dense import row_major, transposed_copy
 
 _MASKED = -1e9
 
 
-def _batched(a: jax.Array, b: jax.Array, b_axis: int, out_dtype) -> jax.Array:
-    """Contracts the last dimension of a [B, H, M, K] with dimension `b_axis` (2 or 3) of b."""
+def _batched(a: jax.Array, b: jax.Array, b_axis: int) -> jax.Array:
+    """Contracts the last dimension of a [B, H, M, K] with dimension `b_axis` (2 or 3) of b; float32.
+
+    Asked for a bfloat16 result XLA:CPU may widen the operands and multiply those.
+    """
     dimensions = (((3,), (b_axis,)), ((0, 1), (0, 1)))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=out_dtype)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -35,7 +38,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, 
 
 
 def _probabilities(q, k, mask, causal):
-    scores = _batched(q, k, 3, jnp.float32) * (q.shape[-1] ** -0.5)
+    scores = _batched(q, k, 3) * (q.shape[-1] ** -0.5)
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :], scores, _MASKED)
     if causal:
@@ -45,22 +48,24 @@ def _probabilities(q, k, mask, causal):
 
 
 def _attention_forward(q, k, v, mask, causal):
+    # Heads come as transposed views. XLA:CPU would take them as they are, and multiply them the slow way.
+    q, k, v = row_major(q), row_major(k), row_major(v)
     p = _probabilities(q, k, mask, causal)
-    return _batched(p, v, 2, v.dtype), (q, k, v, p)
+    return _batched(p, v, 2).astype(v.dtype), (q, k, v, p)
 
 
 def _attention_backward(causal, residuals, g):
     # Where a query attends to nothing p is 0, and so are the gradients.
     del causal
     q, k, v, p = residuals
-    g = g.astype(v.dtype)
-    d_v = _batched(transposed_copy(p), g, 2, v.dtype)
-    d_p = _batched(g, v, 3, jnp.float32)
+    g = row_major(g.astype(v.dtype))
+    d_v = _batched(transposed_copy(p), g, 2).astype(v.dtype)
+    d_p = _batched(g, v, 3)
     p32 = p.astype(jnp.float32)
     d_scores = p32 * (d_p - (d_p * p32).sum(axis=-1, keepdims=True)) * (q.shape[-1] ** -0.5)
     d_scores = d_scores.astype(q.dtype)
-    d_q = _batched(d_scores, k, 2, q.dtype)
-    d_k = _batched(transposed_copy(d_scores), q, 2, k.dtype)
+    d_q = _batched(d_scores, k, 2).astype(q.dtype)
+    d_k = _batched(transposed_copy(d_scores), q, 2).astype(k.dtype)
     return d_q, d_k, d_v, None
 
 

@@ -17,7 +17,11 @@ def transposed_copy(x: jax.Array) -> jax.Array:
     Returns:
       [..., N, M].
     """
-    x = jnp.swapaxes(x, -1, -2)
+    return row_major(jnp.swapaxes(x, -1, -2))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x itself, stored in the order of its dimensions when it is next read; on a CPU only."""
     if jax.default_backend() != "cpu":
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
