@@ -26,6 +26,7 @@ from sunfish_jax.generation.options import (
 )
 from sunfish_jax.startup import end_on_interrupt, prepare_process
 from sunfish_jax.workdir.config import load_config, unknown_key, validate_config
+from sunfish_jax.workdir.disk import disk_problem
 
 NO_CONFIG = "--config is missing: name what to train, such as --config=configs/micro.py"
 ROOT = Path(__file__).parent
@@ -203,6 +204,13 @@ def main(argv: list[str]) -> None:
         MODES[FLAGS.mode](Path(FLAGS.workdir))
     except UserError as error:
         fail(error)
+    except Exception as error:
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        fail(
+            UserError(f"writing to --workdir={FLAGS.workdir} failed ({problem}): free some space and run it again")
+        )
 
 
 if __name__ == "__main__":

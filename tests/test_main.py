@@ -146,3 +146,25 @@ main.app.run(main.main, flags_parser=main.parse_flags)
 def test_interrupting_is_one_line_and_code_130():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, cwd=ROOT, timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+# A limit on the size of files is met where a full disk would be.
+DISK_FULL = """
+import json, resource, sys
+import main
+from sunfish_jax.workdir.json_file import write_json
+def write_much(workdir):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    write_json(workdir / "eval.json", list(range(1000)))
+main.MODES["eval"] = write_much
+sys.argv = ["main.py", "--mode=eval", "--workdir=" + sys.argv[1]]
+main.app.run(main.main, flags_parser=main.parse_flags)
+"""
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path):
+    (tmp_path / "eval.json").write_text("{}")
+    command = [sys.executable, "-c", DISK_FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    assert_one_line(done, [f"--workdir={tmp_path}", "File too large", "free some space"])
+    assert (tmp_path / "eval.json").read_text() == "{}"

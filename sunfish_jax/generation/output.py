@@ -64,7 +64,7 @@ def jsonl_writer(path: Path | None) -> Iterator[Callable[[dict], None]]:
         # Beside the file, so that the rename does not cross file systems.
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise UserError(f"--output={path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}; name another file or folder") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             yield lambda record: print(json.dumps(record, ensure_ascii=False), file=file)

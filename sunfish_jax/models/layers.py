@@ -33,8 +33,8 @@ def rotary(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
     frequencies = _ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = (first + jnp.arange(length, dtype=jnp.float32))[:, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x_part, y_part = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([x_part * cos - y_part * sin, y_part * cos + x_part * sin], axis=-1)
     return turned.astype(x.dtype)
 
 

@@ -1,6 +1,5 @@
 """A run's checkpoints: the one importer of Orbax."""
 
-import errno
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sunfish_jax.errors import UserError
+from sunfish_jax.workdir.disk import disk_problem
 
 CHECKPOINTS_FOLDER = "checkpoints"
 _METRIC = "held_out"
@@ -80,7 +80,7 @@ class Checkpoints:
             )
             self._manager.wait_until_finished()
         except Exception as error:
-            reason = _disk_problem(error)
+            reason = disk_problem(error)
             if reason is None:
                 raise
             raise UserError(
@@ -198,18 +198,6 @@ def _saved_form(abstract: Any) -> jax.ShapeDtypeStruct:
 
 def _words_to_key(restored: jax.Array, abstract: Any) -> jax.Array:
     return jax.random.wrap_key_data(restored) if _is_key(abstract) else restored
-
-
-def _disk_problem(error: BaseException | None) -> str | None:
-    # Orbax and TensorStore wrap the system's error, or give it as text only.
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            return error.strerror
-        for text in ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"):
-            if text in str(error):
-                return text
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -97,7 +97,7 @@ def _checked_identity(
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         saved = {}
-    if not {"data", "tokenizer", "prompt_encoder"} <= set(saved):
+    if not isinstance(saved, dict) or not {"data", "tokenizer", "prompt_encoder"} <= set(saved):
         raise UserError(f"{path} is missing or damaged: put back the one that training wrote") from None
     here = {"tokenizer": tokenizer_identity(tokenizer), "prompt_encoder": prompt_encoder.identity}
     for name, identity in here.items():

@@ -34,6 +34,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_where_nothing_can_be_written_is_known_at_once():
-    with pytest.raises(UserError, match=r"--output=/dev/null/out.jsonl cannot be written"):
+    with pytest.raises(UserError, match=r"/dev/null/out.jsonl cannot be written: .+; name another"):
         with jsonl_writer(Path("/dev/null/out.jsonl")):
             raise AssertionError("sampling began")

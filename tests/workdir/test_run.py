@@ -75,6 +75,19 @@ def test_another_tokenizer_or_encoder_is_an_error(trained, name):
         path.write_text(saved)
 
 
+@pytest.mark.parametrize("content", ["3", "{", '{"tokenizer": ""}'])
+def test_a_damaged_identity_is_an_error(trained, content):
+    workdir, _ = trained
+    path = workdir / IDENTITY_FILE
+    saved = path.read_text()
+    try:
+        path.write_text(content)
+        with pytest.raises(UserError, match="missing or damaged"):
+            load_run(workdir)
+    finally:
+        path.write_text(saved)
+
+
 def test_a_config_of_another_architecture_is_an_error(trained):
     workdir, _ = trained
     path = workdir / "config.json"
