@@ -57,7 +57,10 @@ class JaxSteps:
     def seconds(self, batch: Batch) -> float:
         shape = batch.tokens.shape
         if shape not in self._compiled:
-            self._compiled = {other: step for other, step in self._compiled.items() if other[-1] == shape[-1]}
+            if any(other[-1] != shape[-1] for other in self._compiled):
+                self._compiled = {}
+                # JAX keeps a program of its own accord too.
+                jax.clear_caches()
             self._compiled[shape] = self._step.lower(self.state, batch).compile()
             self.seconds(batch)
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 """How fast this machine multiplies matrices, through the same XLA as everything else here."""
 
+import statistics
 import time
 
 import jax
@@ -11,21 +12,29 @@ _SECONDS_A_SHAPE = 0.3
 
 
 class MatrixRate:
-    """The best bfloat16 rate seen so far.
+    """The rate of the best of several bfloat16 products, of each by the median of its times.
 
-    Other work on the machine slows single products down, so it is worth measuring again now and then.
+    The machine's speed drifts, so it is worth measuring again now and then.
 
     Attributes:
-      flops_per_second: the best.
-      shape: (m, k, n) of the product that reached it.
+      shape: (m, k, n) of the best product so far.
+      flops_per_second: its rate.
     """
 
     def __init__(self):
-        self.flops_per_second, self.shape = 0.0, _SHAPES[0]
         self._product = jax.jit(jnp.dot)
+        self._seconds: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in _SHAPES}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return max(_SHAPES, key=self._rate)
+
+    @property
+    def flops_per_second(self) -> float:
+        return self._rate(self.shape)
 
     def measure(self) -> None:
-        """Times every shape for a moment and keeps the best."""
+        """Times every shape for a moment."""
         key = jax.random.key(0)
         for m, k, n in _SHAPES:
             # Random numbers: constant ones take less power, and let some processors run faster.
@@ -34,6 +43,8 @@ class MatrixRate:
             end = time.perf_counter() + _SECONDS_A_SHAPE
             while (start := time.perf_counter()) < end:
                 self._product(left, right).block_until_ready()
-                rate = 2 * m * k * n / (time.perf_counter() - start)
-                if rate > self.flops_per_second:
-                    self.flops_per_second, self.shape = rate, (m, k, n)
+                self._seconds[m, k, n].append(time.perf_counter() - start)
+
+    def _rate(self, shape: tuple[int, int, int]) -> float:
+        m, k, n = shape
+        return 2 * m * k * n / statistics.median(self._seconds[shape])
