@@ -34,7 +34,10 @@ def orthogonalize(matrices: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # The smaller Gram matrices, [rows, rows].
     wide = transposed_copy(matrices) if tall else matrices
     first_gram = _product(wide, wide, transpose=True)
-    unit = jnp.linalg.norm(first_gram, axis=(-2, -1), keepdims=True) + _SMALLEST
+    # By the sum of s_i^2 first: of a small gradient, the s_i^4 that the norm adds up would be no float32.
+    size = jnp.trace(first_gram, axis1=-2, axis2=-1)[..., None, None] + _SMALLEST
+    first_gram = first_gram / size
+    unit = jnp.linalg.norm(first_gram, axis=(-2, -1), keepdims=True) + 1e-7
     first_gram = (first_gram / unit).astype(dtype)
     gram, together = first_gram, None
     for a, b, c in _QUINTICS:
@@ -44,7 +47,7 @@ def orthogonalize(matrices: jax.Array, dtype: jnp.dtype) -> jax.Array:
         diagonal = a * jnp.eye(gram.shape[-1])
         polynomial = (diagonal + b * gram.astype(jnp.float32) + c * _product(gram, gram)).astype(dtype)
         together = polynomial if together is None else _multiply(polynomial, together)
-    together = (together.astype(jnp.float32) * jax.lax.rsqrt(unit)).astype(dtype)
+    together = (together.astype(jnp.float32) * jax.lax.rsqrt(size * unit)).astype(dtype)
     return _product(matrices, together, transpose=True) if tall else _product(together, matrices)
 
 

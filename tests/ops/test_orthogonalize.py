@@ -40,10 +40,16 @@ def test_the_smallest_singular_value_that_is_levelled():
     np.testing.assert_allclose(jnp.diag(got), 1.0, atol=0.27)
 
 
-def test_the_scale_of_the_matrix_does_not_matter():
+@pytest.mark.parametrize("scale", [1e-14, 1e-9, 1e-3, 1e6])
+def test_the_scale_of_the_matrix_does_not_matter(scale):
     matrix = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
-    small = orthogonalize(1e-3 * matrix, jnp.dtype("float32"))
-    np.testing.assert_allclose(small, orthogonalize(matrix, jnp.dtype("float32")), atol=1e-3)
+    scaled = orthogonalize(scale * matrix, jnp.dtype("float32"))
+    np.testing.assert_allclose(scaled, orthogonalize(matrix, jnp.dtype("float32")), atol=1e-3)
+
+
+def test_what_is_too_small_to_measure_does_not_grow():
+    matrix = 1e-22 * jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
+    assert np.abs(orthogonalize(matrix, jnp.dtype("float32"))).max() < 1.3
 
 
 def test_a_zero_matrix_stays_zero():
