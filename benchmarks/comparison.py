@@ -64,8 +64,11 @@ class JaxSteps:
             self._compiled[shape] = self._step.lower(self.state, batch).compile()
             self.seconds(batch)
         start = time.perf_counter()
-        self.state, _ = jax.block_until_ready(self._compiled[shape](self.state, batch))
-        return time.perf_counter() - start
+        self.state, figures = jax.block_until_ready(self._compiled[shape](self.state, batch))
+        seconds = time.perf_counter() - start
+        if not all(np.isfinite(figure).all() for figure in jax.tree.leaves(figures)):
+            raise AssertionError("the loss is not finite: what these steps do is no training")
+        return seconds
 
 
 @dataclasses.dataclass(frozen=True)
