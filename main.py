@@ -208,9 +208,7 @@ def main(argv: list[str]) -> None:
         problem = disk_problem(error)
         if problem is None:
             raise
-        fail(
-            UserError(f"writing to --workdir={FLAGS.workdir} failed ({problem}): free some space and run it again")
-        )
+        fail(UserError(f"a file could not be written ({problem}): free some space and run the command again"))
 
 
 if __name__ == "__main__":

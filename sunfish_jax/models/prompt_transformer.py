@@ -8,6 +8,8 @@ from sunfish_jax.ops.attention import attention
 from sunfish_jax.ops.dense import dense, squared_relu_mlp
 
 _kernel_init = nn.initializers.lecun_normal()
+# Of a kernel that is stored [outputs, inputs].
+_transposed_init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 
 
 class PromptTransformer(nn.Module):
@@ -63,9 +65,10 @@ class PromptTransformer(nn.Module):
             x += squared_relu_mlp(
                 nn.RMSNorm(name=f"mlp_norm_{i}")(x),
                 self._kernel(f"mlp_in_{i}", self.width, 4 * self.width),
-                self._kernel(f"mlp_out_{i}", self.width, 4 * self.width),
+                # Stored the other way round: squared_relu_mlp says why.
+                self._kernel(f"mlp_out_{i}", self.width, 4 * self.width, _transposed_init),
             )
         return nn.RMSNorm(name="output_norm")(x).reshape(*batch, length, self.width)
 
-    def _kernel(self, name: str, inputs: int, outputs: int) -> jax.Array:
-        return self.param(f"{name}_kernel", _kernel_init, (inputs, outputs)).astype(self.dtype)
+    def _kernel(self, name: str, rows: int, columns: int, init=_kernel_init) -> jax.Array:
+        return self.param(f"{name}_kernel", init, (rows, columns)).astype(self.dtype)

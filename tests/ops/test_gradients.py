@@ -161,3 +161,33 @@ def test_depthwise_convolution(length, width):
                 want[:, s] += kernel[j] * x[:, s + j - width // 2]
     got = depthwise_convolution(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@few_examples
+@given(
+    rows=st.integers(1, 4),
+    length=st.integers(1, 9),
+    channels=st.integers(1, 5),
+    width=st.sampled_from((1, 3, 5)),
+    causal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_gradients_of_the_convolution(rows, length, channels, width, causal, seed):
+    rng = np.random.default_rng(seed)
+    before = width - 1 if causal else width // 2
+
+    def plain(x, kernel):
+        # Place t of x adds kernel[j] times itself to place t - j + before.
+        spread = np.zeros((width, length, length), np.float32)
+        for j in range(width):
+            for s in range(length):
+                if 0 <= s + j - before < length:
+                    spread[j, s, s + j - before] = 1
+        return jnp.einsum("jst,btw,jw->bsw", spread, x, kernel)
+
+    assert_same_function(
+        lambda x, kernel: depthwise_convolution(x, kernel, causal),
+        plain,
+        (normal(rng, rows, length, channels), normal(rng, width, channels)),
+        "float32",
+    )
