@@ -64,3 +64,10 @@ def test_every_parameter_is_trained(inputs, variables):
 
     for path, value in jax.tree_util.tree_leaves_with_path(gradient(variables)):
         assert np.isfinite(value).all() and np.any(value), path
+
+
+def test_each_kernel_starts_with_the_variance_of_its_number_of_inputs(inputs):
+    wide = PromptTransformer(vocab_size=50, max_length=16, num_layers=1, num_heads=2, width=64)
+    params = wide.init(jax.random.key(0), *inputs)["params"]
+    for name, fan_in in (("query", 64), ("mlp_in", 64), ("mlp_out", 256)):
+        assert np.var(params[f"{name}_0_kernel"]) == pytest.approx(1 / fan_in, rel=0.1)
