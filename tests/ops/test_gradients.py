@@ -163,13 +163,13 @@ def test_depthwise_convolution(length, width):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("width", [1, 3, 5])
 @few_examples
 @given(
     rows=st.integers(1, 4),
     length=st.integers(1, 9),
     channels=st.integers(1, 5),
-    width=st.sampled_from((1, 3, 5)),
-    causal=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_gradients_of_the_convolution(rows, length, channels, width, causal, seed):
