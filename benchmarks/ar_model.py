@@ -1,7 +1,7 @@
 """The autoregressive twin of the denoiser: the same layers made causal, each token predicted from those before it.
 
 What differs from `sunfish_jax.models.denoiser`: tokens come in clean, through an embedding as wide as the layers;
-there is no noise level, so the norms have plain learned scales; and the head has a table of its own.
+there is no noise level, so the norms have plain learned scales, and the logits have no single-token posterior.
 """
 
 from typing import Any
@@ -14,7 +14,6 @@ from sunfish_jax.models.denoiser import PromptKeysValues, TextDenoiser, init_par
 from sunfish_jax.models.layers import TransformerLayer, kernel_init, rms_norm
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.cross_entropy import cross_entropy, token_logits
-from sunfish_jax.ops.dense import dense
 from sunfish_jax.ops.dropout import dropout
 
 
@@ -25,7 +24,6 @@ class CausalTransformer(nn.Module):
 
     Attributes:
       start_token: what stands before the first token of a row: the end of the text before.
-      tied_head: the head's table is the embedding, with a product before it, rather than one of its own.
     """
 
     vocab_size: int
@@ -38,7 +36,6 @@ class CausalTransformer(nn.Module):
     dtype: jnp.dtype
     prompt_dim: int
     start_token: int
-    tied_head: bool
     prompt_module: nn.Module | None = None
 
     def setup(self):
@@ -58,10 +55,7 @@ class CausalTransformer(nn.Module):
         ]
         # Zero at the start, so that an untrained model predicts the tokens' frequencies. A table of tokens is no
         # kernel to the optimiser: Adam, not Muon, trains it.
-        if self.tied_head:
-            self.head_kernel = self.param("head_kernel", zeros, (width, width))
-        else:
-            self.head_table = self.param("head_table", zeros, (self.vocab_size, width))
+        self.head_table = self.param("head_table", zeros, (self.vocab_size, width))
 
     # The denoiser's own: both read prompts alike.
     encode_prompt = TextDenoiser.encode_prompt
@@ -69,12 +63,6 @@ class CausalTransformer(nn.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """What goes into the first layer: [...] int32 -> [..., W] float32."""
         return rms_norm(self.embedding[tokens])
-
-    def head(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """From the last norm's output [N, W], features [N, W] and table [V, W] whose product is the logits."""
-        if self.tied_head:
-            return dense(h, self.head_kernel.astype(self.dtype)), self.embedding.astype(self.dtype)
-        return h, self.head_table.astype(self.dtype)
 
     def hidden(self, tokens: jax.Array, prompt: PromptKeysValues, row_seeds: jax.Array | None = None) -> jax.Array:
         """The last norm's output at every position, which has read only the tokens before it.
@@ -102,19 +90,19 @@ class CausalTransformer(nn.Module):
 
     def next_logits(self, h: jax.Array) -> jax.Array:
         """The last norm's output [N, W] to logits [N, V] float32."""
-        return token_logits(*self.head(h), self.log_unigram)
+        return token_logits(h, self.head_table.astype(self.dtype), self.log_unigram)
 
     def cross_entropy(self, tokens, prompt: PromptKeysValues, row_seeds=None) -> jax.Array:
         """-log p(token | the tokens before it, prompt) in nats, [B, S] float32; arguments as for `hidden`."""
-        features, table = self.head(self.hidden(tokens, prompt, row_seeds))
-        return cross_entropy(features, table, self.log_unigram, tokens.reshape(-1)).reshape(tokens.shape)
+        h, table = self.hidden(tokens, prompt, row_seeds), self.head_table.astype(self.dtype)
+        return cross_entropy(h, table, self.log_unigram, tokens.reshape(-1)).reshape(tokens.shape)
 
     def __call__(self, tokens: jax.Array, prompt: Prompt) -> jax.Array:
         """Everything once, for initialisation: `cross_entropy` with the prompt not yet encoded."""
         return self.cross_entropy(tokens, self.encode_prompt(prompt))
 
 
-def make_twin(denoiser: TextDenoiser, start_token: int, tied_head: bool) -> CausalTransformer:
+def make_twin(denoiser: TextDenoiser, start_token: int) -> CausalTransformer:
     """The twin of a denoiser: its layers, and a feed-forward width that brings it nearest to its parameters."""
 
     def twin(mlp_ratio: int) -> CausalTransformer:
@@ -129,7 +117,6 @@ def make_twin(denoiser: TextDenoiser, start_token: int, tied_head: bool) -> Caus
             dtype=denoiser.dtype,
             prompt_dim=denoiser.prompt_dim,
             start_token=start_token,
-            tied_head=tied_head,
             prompt_module=denoiser.prompt_module,
         )
 

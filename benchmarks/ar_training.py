@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +35,8 @@ from sunfish_jax.workdir.config import check_resumable, has_config, load_config,
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 from sunfish_jax.workdir.writers import make_writer, metric_writers
 
-# What makes a run a twin's, in its workdir.
-TWIN_FILE = "twin.json"
+# An empty file that makes a run a twin's, in its workdir.
+TWIN_FILE = "twin"
 # The newest checkpoint, to go on from, and the best.
 _KEPT = ConfigDict({"keep": 1, "keep_every_steps": 10**9})
 # Steps over which the optimiser's own schedule decays: none that a run reaches. Decay goes by time.
@@ -104,23 +103,17 @@ def open_twin(workdir: Path, checkpoint: str = "best") -> Twin:
     Raises:
       UserError: there is no twin, or no such checkpoint.
     """
-    tied_head = _saved_tied_head(workdir)
+    if not (workdir / TWIN_FILE).is_file():
+        raise UserError(f"--workdir={workdir} holds no autoregressive twin: name another folder")
     config = load_config(workdir)
     prepared = prepare_run(config, workdir, workdir / TOKENIZER_FOLDER)
     check_workdir(workdir, prepared)
-    model = make_twin(prepared.model, prepared.tokenizer.eos_token_id, tied_head)
+    model = make_twin(prepared.model, prepared.tokenizer.eos_token_id)
     abstract = jax.eval_shape(lambda: init_twin(model, jax.random.key(0)))
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.resolve(checkpoint)
         params = checkpoints.restore({"ema_params": abstract}, step)["ema_params"]
     return Twin(workdir, config, prepared, model, params, step, load_totals(workdir, step, 0))
-
-
-def _saved_tied_head(workdir: Path) -> bool:
-    path = workdir / TWIN_FILE
-    if not path.is_file():
-        raise UserError(f"--workdir={workdir} holds no autoregressive twin: name another folder")
-    return json.loads(path.read_text(encoding="utf-8"))["tied_head"]
 
 
 def create_twin_state(config: ConfigDict, model: CausalTransformer, token_counts: np.ndarray) -> TwinState:
@@ -209,7 +202,7 @@ def annealing(share: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
 
 
-def train(config: ConfigDict, workdir: Path, *, minutes: float, eval_every: int, tied_head: bool) -> bool:
+def train(config: ConfigDict, workdir: Path, *, minutes: float, eval_every: int) -> bool:
     """Trains for `minutes` of training steps, from where the run in `workdir` stopped if there is one.
 
     Compiling, evaluating and saving do not count, as they do not for the denoiser. The learning rate falls to
@@ -220,7 +213,6 @@ def train(config: ConfigDict, workdir: Path, *, minutes: float, eval_every: int,
       workdir: the run's folder.
       minutes: of all sittings together.
       eval_every: steps between two evaluations.
-      tied_head: of a new run; one that goes on has to have the same.
 
     Returns:
       Whether the time is over, rather than a stop asked for.
@@ -228,21 +220,16 @@ def train(config: ConfigDict, workdir: Path, *, minutes: float, eval_every: int,
     Raises:
       UserError: something that was given cannot be used, or the loss is not finite.
     """
-    resuming = _has_checkpoint(workdir)
-    if resuming and _saved_tied_head(workdir) != tied_head:
-        raise UserError(
-            f"--head={'tied' if tied_head else 'untied'}: the twin in --workdir={workdir} has the other head; "
-            "give that, or another workdir"
-        )
-    if not resuming and has_config(workdir) and not (workdir / TWIN_FILE).is_file():
+    if has_config(workdir) and not (workdir / TWIN_FILE).is_file():
         raise UserError(f"--workdir={workdir} holds a run that is no twin: name another folder")
+    resuming = _has_checkpoint(workdir)
     saved = load_config(workdir) if resuming else None
     if config.model.compute_dtype == "auto":
         config.model.compute_dtype = saved.model.compute_dtype if saved else fastest_compute_dtype()
     if resuming:
         check_resumable(saved, config)
     prepared = prepare_run(config, workdir, workdir / TOKENIZER_FOLDER if resuming else None)
-    model = make_twin(prepared.model, prepared.tokenizer.eos_token_id, tied_head)
+    model = make_twin(prepared.model, prepared.tokenizer.eos_token_id)
     print(
         f"the twin: {count_parameters(model):,} trainable parameters, feed-forward {model.mlp_ratio} times the "
         f"width, products in {model.dtype.name}; the denoiser: {count_parameters(prepared.model):,}",
@@ -270,7 +257,7 @@ def train(config: ConfigDict, workdir: Path, *, minutes: float, eval_every: int,
             first_step = 0
             state = jax.jit(create, out_shardings=shardings)()
             begin_workdir(workdir, config, prepared)
-            (workdir / TWIN_FILE).write_text(json.dumps({"tied_head": tied_head}) + "\n", encoding="utf-8")
+            (workdir / TWIN_FILE).touch()
         writer = make_writer(config, workdir, first_step)
         stack.callback(writer.close)
         loop = TwinLoop(

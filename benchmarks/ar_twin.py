@@ -28,7 +28,6 @@ config_flags.DEFINE_config_file("config", None, "A file with get_config(); --con
 flags.DEFINE_string("workdir", "workdir_ar", "Folder that holds all of the twin's run")
 flags.DEFINE_float("minutes", 30.0, "Training steps take this long, over all sittings")
 flags.DEFINE_float("dropout", None, "In place of config.model.dropout")
-flags.DEFINE_string("head", "untied", "untied: a table of its own; tied: the embedding, and wider layers")
 flags.DEFINE_integer("eval_every", 200, "Steps between two held-out evaluations, of which the best is kept")
 flags.DEFINE_string("split", "validation", "Text of the last evaluation: validation or test")
 flags.DEFINE_string("prompts_file", None, "A file with one prompt a line [config.logging.sample_prompts]")
@@ -52,9 +51,8 @@ def check() -> None:
         raise UserError(f"--eval_every={FLAGS.eval_every}: give a whole number of at least 1")
     if not 0 <= FLAGS.temperature < math.inf:
         raise UserError(f"--temperature={FLAGS.temperature}: give 0 (the likeliest token) or more")
-    for name, choices in (("head", ("untied", "tied")), ("split", ("validation", "test"))):
-        if FLAGS[name].value not in choices:
-            raise UserError(f"--{name}={FLAGS[name].value}: give {' or '.join(choices)}")
+    if FLAGS.split not in ("validation", "test"):
+        raise UserError(f"--split={FLAGS.split}: give validation or test")
     sample_options().check_length(FLAGS.config.model.block_size)
 
 
@@ -79,13 +77,7 @@ def main(argv: list[str]) -> None:
         import ar_evaluation
         import ar_training
 
-        finished = ar_training.train(
-            FLAGS.config,
-            workdir,
-            minutes=FLAGS.minutes,
-            eval_every=FLAGS.eval_every,
-            tied_head=FLAGS.head == "tied",
-        )
+        finished = ar_training.train(FLAGS.config, workdir, minutes=FLAGS.minutes, eval_every=FLAGS.eval_every)
         if finished:
             ar_evaluation.run(workdir, FLAGS.split, FLAGS.eval_samples, sample_options(), FLAGS.temperature)
     except UserError as error:

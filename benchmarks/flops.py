@@ -19,7 +19,7 @@ def forward_flops(model: TextDenoiser, tokens: np.ndarray, prompt: np.ndarray) -
     - `input`: 2 n 3D W: from z, the single-token posterior mean and x_hat;
     - `layers`: 2 n L (6 + 2r) W^2, for attention 4, for cross-attention 2, and the feed-forward layer;
     - `attention`: 4 n (n + p) L W: scores and their mean of values, within the row and to the prompt;
-    - `head`: 2 n W D, and `vocabulary` 2 n D V: one product with the embeddings;
+    - `head`: 2 n W V, and `vocabulary` 2 n D V: one product with the head's table and one with the embeddings;
     - `noise`: 2 (2F C + C^2 + C (3L + 1) W) a row, for the scales of the norms;
     - `adapter`: 2 p d W, and `prompt`: 2 p W 2 L W for the keys and values.
 
@@ -41,7 +41,7 @@ def forward_flops(model: TextDenoiser, tokens: np.ndarray, prompt: np.ndarray) -
         "input": 2 * n.sum() * 3 * dim * width,
         "layers": 2 * n.sum() * layers * (6 + 2 * model.mlp_ratio) * width**2,
         "attention": 4 * (n * (n + p)).sum() * layers * width,
-        "head": 2 * n.sum() * width * dim,
+        "head": 2 * n.sum() * width * model.vocab_size,
         "vocabulary": 2 * n.sum() * dim * model.vocab_size,
         "noise": 2.0 * len(n) * noise,
         "adapter": 2 * p.sum() * model.prompt_dim * width,
@@ -76,20 +76,18 @@ def useful_flops(model: TextDenoiser, batch: Batch, diffusion: ConfigDict) -> fl
     first = np.arange(len(tokens)) % every == 0 if every else np.zeros(len(tokens), bool)
 
     trained = forward_flops(model, tokens, prompt)
-    del trained["adapter"], trained["vocabulary"]
+    del trained["adapter"], trained["head"], trained["vocabulary"]
     total = 3 * sum(trained.values())
     # Of the three inputs only z is a function of parameters, the embeddings.
     total -= trained["input"] * 2 / 3
     total += 2 * forward_flops(model, tokens, given)["adapter"]
     # The vocabulary: three times for the loss, and once each for the posterior's logits and mean.
-    total += 5 * _vocabulary(model, predicted)
+    loss = forward_flops(model, predicted, np.zeros_like(predicted))
+    total += 3 * loss["head"] + 5 * loss["vocabulary"]
 
     estimate: Mapping[str, float] = forward_flops(model, tokens[first], prompt[first])
     total += sum(estimate[name] for name in ("input", "layers", "attention", "head", "noise"))
     # Its own logits and mean at every token, and the posterior's again.
-    total += 2 * estimate["vocabulary"] + 2 * _vocabulary(model, predicted[first])
+    posterior = forward_flops(model, predicted[first], np.zeros_like(predicted[first]))
+    total += 2 * estimate["vocabulary"] + 2 * posterior["vocabulary"]
     return float(total)
-
-
-def _vocabulary(model, tokens):
-    return forward_flops(model, tokens, np.zeros_like(tokens))["vocabulary"]

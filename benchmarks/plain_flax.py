@@ -22,7 +22,7 @@ from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.loss import NoisyRows, first_estimate
 from sunfish_jax.diffusion.process import posterior_scale, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule
-from sunfish_jax.models.denoiser import PromptKeysValues, TextDenoiser
+from sunfish_jax.models.denoiser import TABLES, PromptKeysValues, TextDenoiser
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.sharding import batch_sharding
 from sunfish_jax.training.state import learning_rate_schedule
@@ -122,7 +122,7 @@ class PlainDenoiser(nn.Module):
         self.prompt = dense(2 * self.num_layers * self.width)
         sizes = (self.width, self.num_heads, self.mlp_ratio, self.conv_width, self.dropout, self.dtype)
         self.layers = [PlainLayer(*sizes) for _ in range(self.num_layers)]
-        self.head = dense(self.embedding_dim)
+        self.head_table = self.param("head_table", nn.initializers.zeros, (self.vocab_size, self.width))
 
     def embedding_table(self) -> jax.Array:
         """[V, D], rows of norm sqrt(D)."""
@@ -144,7 +144,7 @@ class PlainDenoiser(nn.Module):
     def logits(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues, dropout_key=None) -> jax.Array:
         """[B, S, V] float32."""
         prior = posterior_scale(gamma)[:, None, None] * z
-        context_free = jax.lax.stop_gradient(self.expected_embedding(self._token_logits(prior)))
+        context_free = jax.lax.stop_gradient(self.expected_embedding(self._posterior_logits(prior)))
         context_free = jnp.where(known_mask[..., None], z, context_free)
         x = self.input(jnp.concatenate([z, context_free], axis=-1)) + self.earlier_estimate(x_hat)
         x = rms_norm(x + known_mask[..., None] * self.known_vector)
@@ -153,12 +153,15 @@ class PlainDenoiser(nn.Module):
         for i, layer in enumerate(self.layers):
             keys = None if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, i), 3)
             x = layer(x, scales[3 * i : 3 * i + 3], prompt.keys[i], prompt.values[i], prompt.mask, keys)
-        return self._token_logits(self.head(rms_norm(x) * scales[-1]) + prior)
+        correction = self._products(rms_norm(x) * scales[-1], self.head_table)
+        return self._posterior_logits(prior) + correction
 
-    def _token_logits(self, features):
-        table = self.embedding_table().astype(self.dtype)
-        products = jnp.einsum("bsd,vd->bsv", features.astype(self.dtype), table, preferred_element_type=jnp.float32)
-        return products + jax.lax.stop_gradient(self.log_unigram)
+    def _posterior_logits(self, prior):
+        return self._products(prior, self.embedding_table()) + jax.lax.stop_gradient(self.log_unigram)
+
+    def _products(self, features, table):
+        features, table = features.astype(self.dtype), table.astype(self.dtype)
+        return jnp.einsum("bsd,vd->bsv", features, table, preferred_element_type=jnp.float32)
 
     def expected_embedding(self, logits: jax.Array) -> jax.Array:
         """softmax(logits) E: [B, S, V] -> [B, S, D] float32."""
@@ -225,7 +228,6 @@ def plain_params(params: Mapping[str, Any]) -> dict[str, Any]:
         "scales_kernel": ("scales", "kernel"),
         "adapter_kernel": ("adapter", "kernel"),
         "prompt_kernel": ("prompt", "kernel"),
-        "head_kernel": ("head", "kernel"),
     }
 
     def place(name):
@@ -265,10 +267,10 @@ def make_plain_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTr
         del params
         return jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates)
 
-    def embedding_rate(updates, params=None):
+    def table_rate(updates, params=None):
         del params
-        scale = config.embedding_multiplier
-        return jax.tree.map_with_path(lambda path, u: u * scale if path[-1].key == "embedding" else u, updates)
+        scale = config.table_multiplier
+        return jax.tree.map_with_path(lambda path, u: u * scale if path[-1].key in TABLES else u, updates)
 
     def kernels(params):
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
@@ -282,7 +284,7 @@ def make_plain_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTr
         optax.clip_by_global_norm(config.clip_norm),
         direction,
         optax.add_decayed_weights(config.weight_decay, mask=kernels),
-        optax.stateless(embedding_rate),
+        optax.stateless(table_rate),
         optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
     )
 

@@ -22,7 +22,7 @@ _SIZES = (
     "conv_width", "dropout", "prompt_dim",
 )  # fmt: skip
 _OPTIMIZER = (
-    "learning_rate", "embedding_multiplier", "beta1", "beta2", "weight_decay", "clip_norm", "ema_decay",
+    "learning_rate", "table_multiplier", "beta1", "beta2", "weight_decay", "clip_norm", "ema_decay",
 )  # fmt: skip
 
 

@@ -197,7 +197,7 @@ class Denoiser(nn.Module):
         self.adapter = nn.Linear(sizes.prompt_dim, width, bias=False)
         self.prompt = nn.Linear(width, 2 * sizes.num_layers * width, bias=False)
         self.layers = nn.ModuleList([Layer(sizes) for _ in range(sizes.num_layers)])
-        self.head = nn.Linear(width, dim, bias=False)
+        self.head_table = nn.Parameter(torch.zeros(sizes.vocab_size, width))
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
@@ -208,11 +208,12 @@ class Denoiser(nn.Module):
         kernels = {
             "noise_in": "noise_level/kernel_in",
             "noise_out": "noise_level/kernel_out",
-            **{name: f"{name}_kernel" for name in ("scales", "adapter", "prompt", "head")},
+            **{name: f"{name}_kernel" for name in ("scales", "adapter", "prompt")},
         }
         ours = {"input.weight": np.concatenate([weights["input_kernel"], weights["estimate_kernel"]]).T}
         ours |= {f"{name}.weight": weights[kernel].T for name, kernel in kernels.items()}
-        ours |= {name: weights[name] for name in ("embedding", "log_unigram", "known_vector", "null_prompt")}
+        tables = ("embedding", "head_table", "log_unigram", "known_vector", "null_prompt")
+        ours |= {name: weights[name] for name in tables}
         ours["noise_in.bias"] = weights["noise_level/bias_in"]
         for path, value in weights.items():
             layer, _, name = path.partition("/")
@@ -259,7 +260,8 @@ class Denoiser(nn.Module):
         for i, layer in enumerate(self.layers):
             keys_values = prompt.keys[i], prompt.values[i]
             x = layer(x, scales[3 * i : 3 * i + 3], *keys_values, mask, turn, fused, train)
-        return F.linear(self.head(rms_norm(x, scales[-1])) + prior, table, self.log_unigram)
+        features = torch.cat([prior, rms_norm(x, scales[-1])], -1)
+        return F.linear(features, torch.cat([table, self.head_table.to(table.dtype)], -1), self.log_unigram)
 
     def expected_embedding(self, logits: Tensor, table: Tensor) -> Tensor:
         """softmax(logits) E: [B, S, V] -> [B, S, D]."""
@@ -296,7 +298,7 @@ class Training:
     self_conditioning_every: int
     conditioning_dropout: float
     learning_rate: float
-    embedding_multiplier: float
+    table_multiplier: float
     beta1: float
     beta2: float
     weight_decay: float
@@ -312,10 +314,11 @@ class Trainer:
         self._parameters = list(model.parameters())
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         kernels = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-        apart = {id(parameter) for parameter in [model.embedding, *kernels]}
+        tables = [model.embedding, model.head_table]
+        apart = {id(parameter) for parameter in [*tables, *kernels]}
         groups = [
             {"params": kernels},
-            {"params": [model.embedding], "lr": training.learning_rate * training.embedding_multiplier},
+            {"params": tables, "lr": training.learning_rate * training.table_multiplier},
             {"params": [parameter for parameter in self._parameters if id(parameter) not in apart]},
         ]
         groups[1]["weight_decay"] = groups[2]["weight_decay"] = 0.0

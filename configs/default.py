@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     # Hidden width of the feed-forward layers, as a multiple of `width`.
     model.mlp_ratio = 4
     # Width of the noise-level representation from which every layer's adaptive scales are made.
-    model.conditioning_dim = 480
+    model.conditioning_dim = 160
     # Width of the short depthwise convolution before attention; 0 for none.
     model.conv_width = 5
     model.dropout = 0.1
@@ -72,8 +72,8 @@ def get_config() -> ConfigDict:
     # `muon` (orthogonalised momentum for kernels, Adam for embeddings and vectors) or `adamw`.
     optimizer.name = "muon"
     optimizer.learning_rate = 5e-4
-    # The token embeddings' learning rate, as a multiple of `learning_rate`.
-    optimizer.embedding_multiplier = 3.0
+    # The learning rate of the tables of tokens (embeddings, head), as a multiple of `learning_rate`.
+    optimizer.table_multiplier = 3.0
     optimizer.warmup_steps = 1000
     optimizer.weight_decay = 0.01
     optimizer.beta1 = 0.9

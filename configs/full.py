@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 16
     config.model.width = 2048
     config.model.block_size = 1024
-    config.model.conditioning_dim = 2048
+    config.model.conditioning_dim = 1024
     config.model.dropout = 0.0
     config.model.remat = True
 

@@ -26,14 +26,14 @@ def get_config() -> ConfigDict:
     config.model.width = 256
     config.model.block_size = 256
     config.model.mlp_ratio = 6
-    config.model.conditioning_dim = 256
+    config.model.conditioning_dim = 64
 
     config.prompt_encoder.max_length = 32
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 200
 
-    config.train.num_steps = 8000
+    config.train.num_steps = 9500
     config.train.batch_size = 8
     config.train.accumulate_steps = 1
 

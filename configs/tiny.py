@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 4
     config.model.width = 128
     config.model.block_size = 128
-    config.model.embedding_dim = 64
+    config.model.embedding_dim = 32
+    config.model.mlp_ratio = 2
     config.model.conditioning_dim = 32
     config.model.dropout = 0.0
 

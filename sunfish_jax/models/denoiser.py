@@ -17,6 +17,8 @@ from sunfish_jax.ops.dense import dense
 
 # Parameters of two dimensions with these endings are kernels: matrices that features are multiplied with.
 KERNEL_SUFFIXES = ("_in", "_out", "kernel")
+# Parameters with a row for each token of the vocabulary.
+TABLES = ("embedding", "head_table")
 
 
 @flax.struct.dataclass
@@ -85,12 +87,18 @@ class TextDenoiser(nn.Module):
             layer(width, self.num_heads, self.mlp_ratio, self.conv_width, self.dropout, site, self.dtype)
             for site in range(self.num_layers)
         ]
-        self.head_kernel = self.param("head_kernel", zeros, (width, self.embedding_dim))
+        # Zero at the start, where the single-token posterior is all that is predicted.
+        self.head_table = self.param("head_table", zeros, (self.vocab_size, width))
 
     def embedding_table(self) -> jax.Array:
         """The clean embeddings E: [V, D] float32, rows of norm sqrt(D)."""
         norm = jnp.linalg.norm(self.raw_embedding, axis=-1, keepdims=True)
         return self.raw_embedding * (self.embedding_dim**0.5 / norm)
+
+    def logits_table(self) -> jax.Array:
+        """What `features` are multiplied with to make logits: E beside the head's table H, [V, D + W]."""
+        tables = (self.embedding_table(), self.head_table)
+        return jnp.concatenate([table.astype(self.dtype) for table in tables], axis=-1)
 
     def encode_prompt(self, prompt: Prompt) -> PromptKeysValues:
         """Keys and values of every layer for prompts [B, P]; a row without a prompt gets the null prompt."""
@@ -110,10 +118,10 @@ class TextDenoiser(nn.Module):
         return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)
 
     def features(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues, row_seeds=None) -> jax.Array:
-        """What the logits are the product of with the embedding table.
+        """What the logits are the product of with `logits_table`: (alpha / sigma^2) z beside the network's h.
 
-        logits = (W h + (alpha / sigma^2) z) E^T + log unigram: the network's h corrects the exact posterior of
-        a single token (Plaid, Gulrajani and Hashimoto 2023) through a head tied to the embeddings.
+        logits = (alpha / sigma^2) z E^T + h H^T + log unigram: the network corrects the exact posterior of a single
+        token (Plaid, Gulrajani and Hashimoto 2023).
 
         Args:
           z: [B, S, D] noisy embeddings; clean ones where known.
@@ -124,7 +132,7 @@ class TextDenoiser(nn.Module):
           row_seeds: [B] uint32 for dropout; None for none.
 
         Returns:
-          [B, S, D] float32.
+          [B, S, D + W] float32.
         """
         batch, length, dim = z.shape
         prior = posterior_scale(gamma)[:, None, None] * z
@@ -146,12 +154,7 @@ class TextDenoiser(nn.Module):
                 prompt.mask,
                 row_seeds,
             )
-        h = rms_norm(x, scales[-1]).reshape(batch * length, self.width)
-        return self.head(h).reshape(batch, length, dim) + prior
-
-    def head(self, h: jax.Array) -> jax.Array:
-        """The network's correction of the single-token posterior: [N, W] -> [N, D]."""
-        return dense(h, self.head_kernel.astype(self.dtype))
+        return jnp.concatenate([prior, rms_norm(x, scales[-1])], axis=-1)
 
     def _single_token_mean(self, prior: jax.Array) -> jax.Array:
         """E[e | z] for each token by itself, with the tokens' frequencies as prior; no gradient flows.
@@ -167,8 +170,8 @@ class TextDenoiser(nn.Module):
     def logits(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
         """Logits over the vocabulary, [B, S, V] float32; the arguments are those of `features`."""
         features = self.features(z, gamma, x_hat, known_mask, prompt)
-        table = self.embedding_table().astype(self.dtype)
-        logits = token_logits(features.reshape(-1, self.embedding_dim), table, self.log_unigram)
+        features = features.reshape(-1, features.shape[-1])
+        logits = token_logits(features, self.logits_table(), self.log_unigram)
         return logits.reshape(*z.shape[:2], -1)
 
     def estimate(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
@@ -182,9 +185,8 @@ class TextDenoiser(nn.Module):
         tokens is [B, S] int32; the other arguments are those of `features`.
         """
         features = self.features(z, gamma, x_hat, known_mask, prompt, row_seeds)
-        table = self.embedding_table().astype(self.dtype)
-        features = features.reshape(-1, self.embedding_dim)
-        losses = cross_entropy(features, table, self.log_unigram, tokens.reshape(-1))
+        features = features.reshape(-1, features.shape[-1])
+        losses = cross_entropy(features, self.logits_table(), self.log_unigram, tokens.reshape(-1))
         return losses.reshape(tokens.shape)
 
     def __call__(self, tokens, z, gamma, x_hat, known_mask, prompt: Prompt) -> jax.Array:

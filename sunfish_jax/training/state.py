@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
-from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TextDenoiser, init_params
+from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TABLES, TextDenoiser, init_params
 from sunfish_jax.ops.orthogonalize import orthogonalize
 
 _MUON_MOMENTUM = 0.95
@@ -50,7 +50,7 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
 
 
 def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Muon for the kernels and Adam for the rest, or AdamW for all; clipped, embeddings at their own rate.
+    """Muon for the kernels and Adam for the rest, or AdamW for all; clipped, tables of tokens at their own rate.
 
     Args:
       config: the `optimizer` group.
@@ -63,16 +63,16 @@ def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype)
     else:
         direction = adam
 
-    def embedding_rate(updates, params=None):
+    def table_rate(updates, params=None):
         del params
-        scale = config.embedding_multiplier
-        return jax.tree.map_with_path(lambda path, u: u * scale if _is_embedding(path) else u, updates)
+        scale = config.table_multiplier
+        return jax.tree.map_with_path(lambda path, u: u * scale if path[-1].key in TABLES else u, updates)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
         optax.add_decayed_weights(config.weight_decay, mask=_is_kernel),
-        optax.stateless(embedding_rate),
+        optax.stateless(table_rate),
         optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
     )
 
@@ -100,12 +100,8 @@ def scale_by_muon(compute_dtype: jnp.dtype) -> optax.GradientTransformation:
 
 
 def _is_kernel(params: Any) -> Any:
-    """True for the matrices that features are multiplied with, False for embeddings, taps and vectors."""
+    """True for the matrices that features are multiplied with, False for tables of tokens, taps and vectors."""
     return jax.tree.map_with_path(lambda path, p: p.ndim == 2 and path[-1].key.endswith(KERNEL_SUFFIXES), params)
-
-
-def _is_embedding(path) -> bool:
-    return path[-1].key == "embedding"
 
 
 def make_schedule_optimizer(config: ConfigDict) -> optax.GradientTransformation:

@@ -173,10 +173,13 @@ def microbatch_loss(model, params, config, batch, gamma, row_keys, first_row, nu
 
 
 def compute_params(params, dtype):
-    """Kernels in the dtype they are multiplied in, cast once a step; vectors and embeddings stay float32."""
+    """Kernels and the head's table in the dtype they are multiplied in, cast once a step.
+
+    Vectors stay float32, and so do the embeddings, which are normalised first.
+    """
 
     def cast(path, p):
-        return p.astype(dtype) if path[-1].key.endswith(KERNEL_SUFFIXES) and p.ndim > 1 else p
+        return p.astype(dtype) if path[-1].key.endswith((*KERNEL_SUFFIXES, "head_table")) and p.ndim > 1 else p
 
     return jax.tree.map_with_path(cast, params)
 

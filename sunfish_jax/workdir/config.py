@@ -44,7 +44,7 @@ _RANGES = {
     "diffusion.conditioning_dropout": _SHARE,
     "diffusion.infill_fraction": _SHARE,
     "optimizer.learning_rate": _ABOVE_0,
-    "optimizer.embedding_multiplier": _AT_LEAST_0,
+    "optimizer.table_multiplier": _AT_LEAST_0,
     "optimizer.warmup_steps": _AT_LEAST_0,
     "optimizer.weight_decay": _AT_LEAST_0,
     "optimizer.beta1": _SHARE_BELOW_1,

@@ -49,9 +49,9 @@ def make_config(**model):
     return config
 
 
-def make_nano_twin(tied_head=False, **model):
+def make_nano_twin(**model):
     config = make_config(**model)
-    return make_twin(make_model(config, config.tokenizer.vocab_size, FrozenEncoder(STATES)), END, tied_head)
+    return make_twin(make_model(config, config.tokenizer.vocab_size, FrozenEncoder(STATES)), END)
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,8 @@ def test_dropout_reaches_what_goes_into_the_first_layer(tokens, prompt):
     assert not (np.asarray(hidden(None)) == 0).any()
 
 
-@pytest.mark.parametrize("tied_head", [False, True])
-def test_untrained_it_predicts_the_tokens_frequencies(tokens, prompt, tied_head):
-    model = make_nano_twin(tied_head, num_layers=1)
+def test_untrained_it_predicts_the_tokens_frequencies(tokens, prompt):
+    model = make_nano_twin(num_layers=1)
     params = jax.jit(init_twin, static_argnums=0)(model, jax.random.key(0))
     params["log_unigram"] = jnp.linspace(-3.0, 0.0, model.vocab_size)
     logits = all_logits(model, params, tokens, prompt)
@@ -205,10 +204,7 @@ class Reference:
             h = self.convolve(self.norm(x, scales[2]), layer["mlp_taps"])
             x = x + np.maximum(h @ layer["mlp_in"], 0) ** 2 @ layer["mlp_out"].T
         h = self.norm(x, p["norm_scales"][-1])
-        if self.model.tied_head:
-            logits = h @ p["head_kernel"] @ p["embedding"].T + p["log_unigram"]
-        else:
-            logits = h @ p["head_table"].T + p["log_unigram"]
+        logits = h @ p["head_table"].T + p["log_unigram"]
         assert h.shape == (len(tokens), width)
         return np.array([-np.log(self.softmax(row)[token]) for row, token in zip(logits, tokens, strict=True)])
 
@@ -218,10 +214,7 @@ def reference_losses(model, params, tokens, prompt):
     return np.stack([reference.losses(*row) for row in zip(tokens, prompt.inputs, prompt.mask, strict=True)])
 
 
-@pytest.mark.parametrize("tied_head", [False, True])
-def test_losses_are_those_of_a_float64_reference(tokens, prompt, tied_head):
-    model = make_nano_twin(tied_head)
-    params = trained_params(model)
+def test_losses_are_those_of_a_float64_reference(model, params, tokens, prompt):
     losses = apply(model, params, tokens, prompt, "cross_entropy")
     expected = reference_losses(model, params, tokens, prompt)
     assert expected.std() > 0.5
@@ -253,22 +246,21 @@ def test_a_score_is_the_chain_rule_over_real_tokens(model, params, tokens, promp
 
 
 @pytest.mark.parametrize("config", [nano, tiny, mini, micro])
-@pytest.mark.parametrize("tied_head", [False, True])
-def test_it_has_the_denoisers_parameters(config, tied_head):
+def test_it_has_the_denoisers_parameters(config):
     config = config.get_config()
     config.model.compute_dtype = "float32"
     denoiser = make_model(config, config.tokenizer.vocab_size, FrozenEncoder(384))
-    twin = make_twin(denoiser, END, tied_head)
+    twin = make_twin(denoiser, END)
     assert count_parameters(twin) == pytest.approx(count_parameters(denoiser), rel=0.05)
     shapes = jax.eval_shape(lambda: init_twin(twin, jax.random.key(0)))
     assert count_parameters(twin) == sum(p.size for p in jax.tree.leaves(shapes)) - config.tokenizer.vocab_size
     same = ("num_layers", "num_heads", "width", "conv_width", "vocab_size", "dropout", "prompt_dim", "dtype")
     assert all(getattr(twin, name) == getattr(denoiser, name) for name in same)
-    if config.logging.name in ("mini", "micro") and not tied_head:
+    if config.logging.name in ("mini", "micro"):
         assert twin.mlp_ratio == denoiser.mlp_ratio
 
 
-@pytest.mark.parametrize("changes", [{}, {"conv_width": 0}, {"tied_head": True}])
+@pytest.mark.parametrize("changes", [{}, {"conv_width": 0}])
 def test_cached_decoding_gives_the_logits_of_the_whole_row(tokens, prompt, changes):
     model = make_nano_twin(**changes)
     params = trained_params(model)
@@ -405,7 +397,7 @@ def course():
     config = make_config(num_layers=1, dropout=0.1)
     config.train.accumulate_steps = 2
     config.optimizer.update({"name": "adamw", "learning_rate": 0.01, "warmup_steps": 3, "ema_decay": 0.9})
-    model = make_twin(make_model(config, config.tokenizer.vocab_size, FrozenEncoder(STATES)), END, False)
+    model = make_twin(make_model(config, config.tokenizer.vocab_size, FrozenEncoder(STATES)), END)
     batch = repetitive_batch(config)
     mesh = make_mesh(1)
     return config, model, first_state_on(mesh, config, model, batch), make_twin_step(config, model, mesh), batch
@@ -636,7 +628,6 @@ NANO = f"--config={ROOT}/configs/nano.py"
         ([NANO, "--minutes=0"], "--minutes=0.0: give a number above 0"),
         ([NANO, "--minutes=soon"], "minutes"),
         ([NANO, "--dropout=1.5"], "config.model.dropout=1.5"),
-        ([NANO, "--head=other"], "--head=other: give untied or tied"),
         ([NANO, "--split=train"], "--split=train: give validation or test"),
         ([NANO, "--temperature=-1"], "--temperature=-1.0"),
         ([NANO, "--eval_every=0"], "--eval_every=0"),
@@ -701,9 +692,6 @@ def test_one_command_trains_evaluates_and_samples(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "compiled the step" not in again.stdout
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == samples
-    other = ar_twin(*command, "--head=tied", folder=tmp_path)
-    assert other.returncode == 2
-    assert "has the other head" in other.stderr
     # Whoever takes it for a denoiser is told so.
     with pytest.raises(UserError, match="another architecture"):
         load_run(tmp_path / "run")

@@ -16,16 +16,17 @@ def config():
     config.learning_rate = RATE
     config.warmup_steps = 1
     config.weight_decay = 0.1
-    config.embedding_multiplier = 3.0
+    config.table_multiplier = 3.0
     return config
 
 
 @pytest.fixture
 def params():
     rng = np.random.default_rng(0)
-    shapes = {"embedding": (6, 4), "scales_kernel": (5, 9), "mlp_in": (8, 12), "mlp_out": (12, 8), "taps": (3, 8)}
+    shapes = {"embedding": (6, 4), "head_table": (6, 8), "scales_kernel": (5, 9)}
+    shapes |= {"mlp_in": (8, 12), "mlp_out": (12, 8), "taps": (3, 8)}
     layer = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-    outside = {name: layer.pop(name) for name in ("embedding", "scales_kernel")}
+    outside = {name: layer.pop(name) for name in ("embedding", "head_table", "scales_kernel")}
     return outside | {"layers_0": layer}
 
 
@@ -53,7 +54,8 @@ def test_muon_moves_kernels_along_orthogonal_matrices(config, params):
         assert (np.abs(np.diag(inner) - 1.0) < 0.271).all()
     # With one gradient throughout, Adam moves by the learning rate in the gradient's sign.
     np.testing.assert_allclose(layer["taps"], -RATE * np.sign(layer_gradients["taps"]), rtol=1e-3)
-    np.testing.assert_allclose(updates["embedding"], -3 * RATE * np.sign(gradients["embedding"]), rtol=1e-3)
+    for table in ("embedding", "head_table"):
+        np.testing.assert_allclose(updates[table], -3 * RATE * np.sign(gradients[table]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -68,9 +70,9 @@ def test_only_kernels_decay(config, params, name):
 
 def test_adamw_is_optax_adamw(config, params):
     config.name = "adamw"
-    config.embedding_multiplier = 1.0
+    config.table_multiplier = 1.0
     gradients = jax.tree.map(lambda p: 1e-3 * jnp.cos(3.0 * p), params)
-    decayed = {"embedding": False, "scales_kernel": True}
+    decayed = {"embedding": False, "head_table": False, "scales_kernel": True}
     decayed["layers_0"] = {"mlp_in": True, "mlp_out": True, "taps": False}
     reference = optax.adamw(
         learning_rate_schedule(config, 1000), config.beta1, config.beta2, weight_decay=0.1, mask=decayed

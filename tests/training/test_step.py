@@ -230,7 +230,7 @@ def test_prompts_are_dropped_at_the_stated_rate(config):
     np.testing.assert_allclose(sometimes[dropped], always[dropped], rtol=1e-5)
 
 
-def test_only_kernels_are_cast_to_the_compute_dtype(config):
+def test_what_products_read_as_it_is_is_cast_to_the_compute_dtype(config):
     model = make_model(config, VOCAB, ENCODER)
     narrow = compute_params(create_state(config, model).params, jnp.bfloat16)
     kept = {path[-1].key for path, leaf in jax.tree.leaves_with_path(narrow) if leaf.dtype == jnp.float32}
