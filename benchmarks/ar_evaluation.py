@@ -1,7 +1,6 @@
 """What the twin has learnt: its figures on held-out text, and samples in the form of the denoiser's."""
 
 import dataclasses
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from sunfish_jax.evaluation.sample_quality import (
     judge_samples,
     prompts_of,
 )
-from sunfish_jax.generation.generator import sample_keys, take_rows
+from sunfish_jax.generation.generator import sample_keys, take_rows, text_keys
 from sunfish_jax.generation.options import SampleOptions
 from sunfish_jax.generation.output import decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
@@ -173,16 +172,6 @@ def write_samples(twin: Twin, options: SampleOptions, temperature: float) -> Non
             text = decode(row, twin.prepared.tokenizer)
             print(f"--- {prompt} (seed {options.seed}, sample {index})\n{text}\n", flush=True)
             write({"text": text, "prompt": prompt, "index": index} | origin)
-
-
-def text_keys(seed: int, prompts: Sequence[str], indices: np.ndarray) -> jax.Array:
-    """The random keys [n] of samples.
-
-    Each prompt has its own: drawn with the same random numbers, texts for different prompts would begin alike, and
-    figures of all of them together would show less variety than there is.
-    """
-    hashes = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint32)
-    return jax.vmap(jax.random.fold_in)(sample_keys(seed, indices), hashes)
 
 
 def run(workdir: Path, split: str, eval_samples: int, options: SampleOptions, temperature: float) -> None:

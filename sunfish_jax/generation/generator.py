@@ -2,6 +2,7 @@
 
 import functools
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
@@ -49,6 +50,20 @@ class Constraint:
 def sample_keys(seed: int, indices: np.ndarray) -> jax.Array:
     """The random keys [n] of samples: by seed and number, whatever else is sampled beside them."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+
+
+def text_keys(seed: int, prompts: Sequence[str | None], indices: np.ndarray) -> jax.Array:
+    """The random keys [n] of samples for prompts, of which each has its own.
+
+    From the same noise, texts for different prompts would share words that have nothing to do with either.
+
+    Args:
+        seed: The person's.
+        prompts: One for each sample; None for no prompt.
+        indices: [n] the sample's number among those of its prompt.
+    """
+    hashes = np.array([zlib.crc32((prompt or "").encode()) for prompt in prompts], np.uint32)
+    return jax.vmap(jax.random.fold_in)(sample_keys(seed, indices), hashes)
 
 
 def take_rows(tree, rows: np.ndarray):

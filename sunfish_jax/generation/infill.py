@@ -6,7 +6,7 @@ import numpy as np
 
 from sunfish_jax.generation import gaps
 from sunfish_jax.generation.gap_lengths import choose_lengths
-from sunfish_jax.generation.generator import Constraint, generate, sample_keys, take_rows
+from sunfish_jax.generation.generator import Constraint, generate, take_rows, text_keys
 from sunfish_jax.generation.options import InfillOptions, Settings
 from sunfish_jax.generation.output import StepCounter, jsonl_writer, provenance
 from sunfish_jax.models.prompt import round_up
@@ -48,7 +48,7 @@ def run(workdir: Path, options: InfillOptions) -> None:
             tokens = generate(
                 *network,
                 take_rows(encoded, np.zeros_like(indices)),
-                sample_keys(options.seed, indices),
+                text_keys(options.seed, [prompt] * len(indices), indices),
                 seq_len,
                 settings,
                 constraint=Constraint.of([layout] * len(indices), allowed),

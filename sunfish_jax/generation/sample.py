@@ -7,7 +7,7 @@ import flax.linen as nn
 import numpy as np
 
 from sunfish_jax.diffusion.schedules import Schedule
-from sunfish_jax.generation.generator import generate, sample_keys, take_rows
+from sunfish_jax.generation.generator import generate, sample_keys, take_rows, text_keys
 from sunfish_jax.generation.options import SampleOptions, Settings
 from sunfish_jax.generation.output import StepCounter, decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
@@ -37,7 +37,7 @@ def run(workdir: Path, options: SampleOptions) -> None:
             run.params,
             run.schedule,
             take_rows(encode_prompts(run.prompt_encoder, distinct), rows),
-            sample_keys(options.seed, indices),
+            text_keys(options.seed, [distinct[number] for number in rows], indices),
             seq_len,
             settings,
             counter=StepCounter.on_terminal(),

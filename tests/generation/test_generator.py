@@ -81,6 +81,14 @@ def test_a_sample_depends_on_its_own_seed_index_and_prompt_alone(monkeypatch):
     assert (other_seed != several).any()
 
 
+def test_texts_for_different_prompts_begin_with_different_noise():
+    prompts = ["a dog", "a dog", "a cat", None]
+    keys = jax.random.key_data(generator.text_keys(3, prompts, np.array([0, 1, 0, 0])))
+    assert len(np.unique(keys, axis=0)) == 4
+    alone = jax.random.key_data(generator.text_keys(3, ["a cat"], np.array([0])))
+    np.testing.assert_array_equal(alone[0], keys[2])
+
+
 def test_compiled_once_and_prompts_encoded_once():
     generator._generate.clear_cache()
     settings = generator.Settings("ddim", 20, 2.0, (0.0, 1.0), 1.0)
