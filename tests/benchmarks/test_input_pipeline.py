@@ -1,0 +1,46 @@
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import input_rates
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_rate_of_batches_counts_real_tokens_in_the_time_they_take(monkeypatch):
+    def batches(source, first):
+        for _ in itertools.count(first):
+            time.sleep(source)
+            yield SimpleNamespace(padding_mask=np.arange(8) < 5)
+
+    monkeypatch.setattr(input_rates, "batch_iterator", batches)
+    clock = iter((10.0, 12.5))
+    monkeypatch.setattr(input_rates.time, "perf_counter", lambda: next(clock))
+    assert input_rates.batch_rate(0.0, 10) == pytest.approx(50 / 2.5)
+
+
+def test_input_pipeline_prints_ratios(tmp_path):
+    lines = [json.dumps({"text": f"word {number} " * 12, "prompt": f"number {number}"}) for number in range(400)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, str(ROOT / "benchmarks/input_pipeline.py"), f"--config={ROOT}/configs/nano.py"]
+    command += ["--config.data.source=corpus.jsonl", "--config.tokenizer.vocab_size=300", "--batches=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["config"] == "nano"
+    assert min(value for key, value in result.items() if key != "config") > 0
+    # Prompts that are known are not encoded again.
+    assert result["ratio"] > result["new_prompts_ratio"]
+
+
+def test_a_wrong_command_line_is_one_line():
+    command = [sys.executable, str(ROOT / "benchmarks/input_pipeline.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config is missing") and done.stderr.count("\n") == 1
