@@ -137,16 +137,15 @@ def _generate(
     batch = len(keys)
     known = jnp.zeros((batch, seq_len), bool) if constraint is None else constraint.known.mask
 
-    def denoiser(prompt: Prompt):
-        prompt_kv: PromptKeysValues = model.apply(variables, prompt, method="encode_prompt")
+    def encode(prompt: Prompt) -> PromptKeysValues:
+        return model.apply(variables, prompt, method="encode_prompt")
 
-        def denoise(z, gamma, x_hat):
-            return model.apply(variables, z, gamma, x_hat, known, prompt_kv, method="logits")
-
-        return denoise
+    def network(z, gamma, x_hat, told):
+        return model.apply(variables, z, gamma, x_hat, *told, method="logits")
 
     no_prompt = prompt.replace(mask=jnp.zeros_like(prompt.mask))
-    denoise = guided(denoiser(prompt), denoiser(no_prompt), guidance_scale, tuple(interval))
+    told = ((known, encode(which)) for which in (prompt, no_prompt))
+    denoise = guided(network, *told, guidance_scale, tuple(interval))
 
     def constrained(z, gamma, x_hat):
         # After guidance, which would take the difference of two infinities.

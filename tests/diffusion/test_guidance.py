@@ -1,4 +1,4 @@
-"""Guidance: which network runs when, and what comes of the two."""
+"""Guidance: what the network is told when, and what comes of the two."""
 
 import jax
 import jax.numpy as jnp
@@ -11,49 +11,42 @@ from sunfish_jax.diffusion.guidance import guided
 EVERYWHERE = (jnp.float32(-jnp.inf), jnp.float32(jnp.inf))
 
 
-def counted(value):
-    """A denoiser that says `value` everywhere, and counts how often it really runs."""
-    calls = []
-
-    def denoise(z, gamma, x_hat):
-        jax.debug.callback(lambda: calls.append(1))
-        return jnp.full((*z.shape[:2], 3), value) + z[..., :1] + x_hat[..., :1]
-
-    return denoise, calls
-
-
 def evaluate(scale, gamma, interval=EVERYWHERE):
-    conditional, conditional_calls = counted(5.0)
-    unconditional, unconditional_calls = counted(2.0)
-    denoise = jax.jit(guided(conditional, unconditional, scale, interval))
-    ones = jnp.ones((2, 4, 6))
-    logits = denoise(0.25 * ones, jnp.full(2, gamma), 0.5 * ones)
+    """The logits of a network that says what it is told, 5 with the prompt and 2 without, and its passes' rows."""
+    passes = []
+
+    def network(z, gamma, x_hat, told):
+        jax.debug.callback(lambda: passes.append(len(z)))
+        return told[:, None, None] + z[..., :3] + x_hat[..., :3] + 0.0 * gamma[:, None, None]
+
+    denoise = jax.jit(guided(network, jnp.full(2, 5.0), jnp.full(2, 2.0), scale, interval))
+    z = jnp.arange(48.0).reshape(2, 4, 6)
+    logits = denoise(z, jnp.full(2, gamma), 0.5 * z)
     jax.effects_barrier()
-    return np.asarray(logits) - 0.75, (len(conditional_calls), len(unconditional_calls))
+    return np.asarray(logits) - 1.5 * np.asarray(z)[..., :3], passes
 
 
 @pytest.mark.parametrize(
-    ("scale", "expected", "passes"),
-    [(1.0, 5.0, (1, 0)), (0.0, 2.0, (0, 1)), (0.5, 3.5, (1, 1)), (2.0, 8.0, (1, 1)), (1.5, 6.5, (1, 1))],
+    ("scale", "expected", "rows"), [(1.0, 5.0, 2), (0.0, 2.0, 2), (0.5, 3.5, 4), (2.0, 8.0, 4), (1.5, 6.5, 4)]
 )
-def test_logits_and_passes_by_scale(scale, expected, passes):
-    logits, counts = evaluate(scale, 1.0)
+def test_logits_and_rows_of_the_only_pass_by_scale(scale, expected, rows):
+    logits, passes = evaluate(scale, 1.0)
     np.testing.assert_allclose(logits, expected)
-    assert counts == passes
+    assert passes == [rows]
 
 
 @pytest.mark.parametrize("gamma", [0.9, 2.1])
-def test_outside_the_interval_a_single_pass_runs(gamma):
-    logits, counts = evaluate(2.0, gamma, (jnp.float32(1.0), jnp.float32(2.0)))
+def test_outside_the_interval_only_the_prompt_is_read(gamma):
+    logits, passes = evaluate(2.0, gamma, (jnp.float32(1.0), jnp.float32(2.0)))
     np.testing.assert_allclose(logits, 5.0)
-    assert counts == (1, 0)
+    assert passes == [2]
 
 
 @pytest.mark.parametrize("gamma", [1.0, 1.5, 2.0])
 def test_inside_the_interval_it_acts(gamma):
-    logits, counts = evaluate(2.0, gamma, (jnp.float32(1.0), jnp.float32(2.0)))
+    logits, passes = evaluate(2.0, gamma, (jnp.float32(1.0), jnp.float32(2.0)))
     np.testing.assert_allclose(logits, 8.0)
-    assert counts == (1, 1)
+    assert passes == [4]
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(0.0, 2.0), (0.5, 3.5)])

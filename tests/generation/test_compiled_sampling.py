@@ -35,6 +35,6 @@ def test_every_matrix_product_of_sampling_is_fast(dtype):
     statics = {"seq_len": 64, "guidance_scale": 1.5, "counter": None}
     lowered = _generate.lower(model, params, prompt, keys, steps, interval, 1.0, None, **statics)
     text = lowered.compile().as_text()
-    # Ten products a layer and five around them; guidance has them a second time.
+    # Ten products a layer and five around them; where guidance acts they are compiled a second time.
     assert count_matrix_products(text) >= 2 * 2 * 10
     assert slow_matrix_products(text) == []
