@@ -392,6 +392,7 @@ class Sampler:
         for module in self._model.modules():
             if isinstance(module, nn.Linear):
                 module.to(variant.torch_dtype)
+        self._model.head_table.data = self._model.head_table.to(variant.torch_dtype)
         self._logits = torch.compile(self._model.logits) if variant.compiled else self._model.logits
 
     @torch.inference_mode()
