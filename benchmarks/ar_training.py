@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch, batch_iterator
 from sunfish_jax.errors import UserError
+from sunfish_jax.models.denoiser import compute_params
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.interrupt import StopRequest
 from sunfish_jax.training.loop import CompiledStep
@@ -28,7 +29,7 @@ from sunfish_jax.training.preparation import Prepared, begin_workdir, check_work
 from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, make_mesh, state_shardings
 from sunfish_jax.training.state import make_optimizer
-from sunfish_jax.training.step import compute_params, ema_decay
+from sunfish_jax.training.step import ema_decay
 from sunfish_jax.training.watching import on_one_device
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, has_config, load_config, record_config

@@ -226,3 +226,15 @@ def init_params(model: TextDenoiser, key: jax.Array) -> Any:
     tokens = jnp.zeros((rows, length), jnp.int32)
     z = jnp.zeros((rows, length, model.embedding_dim))
     return model.init(key, tokens, z, jnp.zeros((rows,)), z, tokens > 0, prompt)["params"]
+
+
+def compute_params(params: Any, dtype: jnp.dtype) -> Any:
+    """Kernels and the head's table in the dtype they are multiplied in, cast once for many passes.
+
+    Vectors stay float32, and so do the embeddings, which are normalised first.
+    """
+
+    def cast(path, p):
+        return p.astype(dtype) if path[-1].key.endswith((*KERNEL_SUFFIXES, "head_table")) and p.ndim > 1 else p
+
+    return jax.tree.map_with_path(cast, params)

@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.models.denoiser import TextDenoiser
+from sunfish_jax.models.denoiser import TextDenoiser, compute_params
 from sunfish_jax.models.prompt import Prompt, round_up
 from sunfish_jax.training.sharding import batch_sharding, state_shardings
 from sunfish_jax.training.state import create_state
-from sunfish_jax.training.step import compute_params, make_train_step, microbatch_loss
+from sunfish_jax.training.step import make_train_step, microbatch_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.loss import NoisyRows, first_estimate
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.schedules import fit_schedule
-from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TextDenoiser
+from sunfish_jax.models.denoiser import TextDenoiser, compute_params
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, state_shardings
 from sunfish_jax.training.state import (
     TrainState,
@@ -170,18 +170,6 @@ def microbatch_loss(model, params, config, batch, gamma, row_keys, first_row, nu
     )
     row_losses = jnp.sum(losses * ~batch.known_mask, axis=-1)
     return row_losses.sum() / num_targets, row_losses
-
-
-def compute_params(params, dtype):
-    """Kernels and the head's table in the dtype they are multiplied in, cast once a step.
-
-    Vectors stay float32, and so do the embeddings, which are normalised first.
-    """
-
-    def cast(path, p):
-        return p.astype(dtype) if path[-1].key.endswith((*KERNEL_SUFFIXES, "head_table")) and p.ndim > 1 else p
-
-    return jax.tree.map_with_path(cast, params)
 
 
 def ema_decay(decay: float, step: jax.Array) -> jax.Array:

@@ -16,9 +16,8 @@ from sunfish_jax.ops.compiled_text import count_matrix_products, slow_matrix_pro
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_matrix_product_of_sampling_is_fast(dtype):
-    # micro's shapes with two of its layers.
+def traced_sampling(dtype):
+    """Guided sampling with micro's shapes and two of its layers."""
     config = micro.get_config()
     config.model.num_layers = 2
     config.model.compute_dtype = dtype
@@ -33,8 +32,30 @@ def test_every_matrix_product_of_sampling_is_fast(dtype):
     interval = schedule.gamma(jnp.asarray(config.sampling.guidance_interval))
     keys, steps = sample_keys(0, jnp.arange(rows)), make_steps(schedule, 4, "ddim")
     statics = {"seq_len": 64, "guidance_scale": 1.5, "counter": None}
-    lowered = _generate.lower(model, params, prompt, keys, steps, interval, 1.0, None, **statics)
-    text = lowered.compile().as_text()
+    return _generate.trace(model, params, prompt, keys, steps, interval, 1.0, None, **statics)
+
+
+def equations(jaxpr):
+    """Those of a jaxpr and of all within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_matrix_product_of_sampling_is_fast(dtype):
+    text = traced_sampling(dtype).lower().compile().as_text()
     # Ten products a layer and five around them; where guidance acts they are compiled a second time.
     assert count_matrix_products(text) >= 2 * 2 * 10
     assert slow_matrix_products(text) == []
+
+
+def test_kernels_are_cast_once_and_not_in_every_step():
+    # Out of the branches of a guided step XLA does not take what is the same in each.
+    (scan,) = (e for e in equations(traced_sampling("bfloat16").jaxpr) if e.primitive.name == "scan")
+    casts = [e for e in equations(scan.params["jaxpr"]) if e.primitive.name == "convert_element_type"]
+    assert casts
+    kernel = (512, 2048)
+    assert not any(cast.invars[0].aval.shape == kernel for cast in casts)

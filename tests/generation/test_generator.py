@@ -25,6 +25,7 @@ class Stub(nn.Module):
     """Prefers token 1 by 2 nats and, told a prompt, its token by 1 nat besides; `prior` makes noise matter."""
 
     prior: float = 0.0
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, DIM))

@@ -9,11 +9,11 @@ from encoders import FrozenEncoder
 from configs import nano
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.loss import NoisyRows, first_estimate, self_conditioned_rows
-from sunfish_jax.models.denoiser import make_model
+from sunfish_jax.models.denoiser import compute_params, make_model
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import create_state, learning_rate_schedule
-from sunfish_jax.training.step import compute_params, ema_decay, make_train_step, microbatch_loss
+from sunfish_jax.training.step import ema_decay, make_train_step, microbatch_loss
 
 VOCAB, LENGTH, PROMPT_LENGTH = 60, 16, 4
 ENCODER = FrozenEncoder(output_dim=24)
