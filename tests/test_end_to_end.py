@@ -162,9 +162,12 @@ def test_changed_architecture_is_refused_and_finished_run_is_left_alone(folder, 
     before = sorted((folder / "unstopped/checkpoints").iterdir())
     _, err = finish(train(folder, "unstopped", "--config.model.width=32"), code=2)
     assert err.startswith("error: ") and err.count("\n") == 1 and "model.width" in err
-    out, _ = finish(train(folder, "unstopped"))
+    out, _ = finish(train(folder, "unstopped", "--config.sampling.max_gap=7"))
     assert f"at step {NUM_STEPS} of {NUM_STEPS} already" in out
     assert sorted((folder / "unstopped/checkpoints").iterdir()) == before
+    # How to sample may still be changed.
+    assert "sampling.max_gap was 8 and is 7" in out
+    assert json.loads((folder / "unstopped/config.json").read_text())["sampling"]["max_gap"] == 7
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if first_step is not None:
         check_resumable(saved, config)
         if first_step >= config.train.num_steps:
+            _record_changes(config, workdir, first_step)
             print(
                 f"the run in {workdir} is at step {first_step} of {config.train.num_steps} already: "
                 "raise --config.train.num_steps to go on"
@@ -146,10 +147,8 @@ def _first_state(
             shardings,
         )
         state = checkpoints.restore(abstract, first_step)
-        changes = record_config(workdir, config, first_step)
         print(f"resuming {config.logging.name} in {workdir} from step {first_step}")
-        for key, (old, new) in changes.items():
-            print(f"  {key} was {old!r} and is {new!r} from here on")
+        _record_changes(config, workdir, first_step)
         return state
     state = jax.jit(create, out_shardings=shardings)()
     if config.train.init_from:
@@ -157,6 +156,12 @@ def _first_state(
         print(f"starting from the weights of {origin.workdir}, step {origin.step}")
     begin_workdir(workdir, config, prepared)
     return state
+
+
+def _record_changes(config: ConfigDict, workdir: Path, step: int):
+    """Keeps the configuration that a run goes on with (its samples too), and says what changed."""
+    for key, (old, new) in record_config(workdir, config, step).items():
+        print(f"  {key} was {old!r} and is {new!r} from here on")
 
 
 class CompiledStep:
