@@ -28,6 +28,8 @@ from sunfish_jax.models.prompt_encoder import PromptEncoder, encode_prompts, mak
 from sunfish_jax.workdir.run import load_run
 
 PROMPTS = ("Write about dogs", "Physicist who developed the theory of relativity", "Volcano")
+# Any scale that guides takes as long.
+_GUIDANCE_SCALE = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +91,14 @@ class Task:
 
     @classmethod
     def of(cls, sampled: Sampled, num_texts: int, length: int, num_steps: int) -> "Task":
-        """DDIM, with guidance as configured, in no longer texts than the model's."""
+        """DDIM with guidance, in the configured part of the noise range, in no longer texts than the model's."""
         settings = dataclasses.replace(
-            Settings.make(sampled.config.sampling), scheduler="ddim", num_steps=num_steps, temperature=1.0
+            Settings.make(sampled.config.sampling),
+            scheduler="ddim",
+            num_steps=num_steps,
+            guidance_scale=_GUIDANCE_SCALE,
+            temperature=1.0,
         )
-        if settings.guidance_scale <= 1:
-            raise UserError(
-                f"config.sampling.guidance_scale={settings.guidance_scale} does not guide: give more than 1, "
-                "since sampling with guidance is what is timed"
-            )
         return cls(
             prompt=encode_prompts(sampled.prompt_encoder, PROMPTS[:num_texts]),
             keys=sample_keys(0, np.arange(num_texts)),

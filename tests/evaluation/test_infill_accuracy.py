@@ -18,6 +18,7 @@ class Counting(nn.Module):
     """Token v is followed by v + 1: each position believes what its neighbours, two on each side, say."""
 
     vocab_size: int = VOCAB
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, DIM))
