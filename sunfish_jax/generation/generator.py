@@ -62,9 +62,7 @@ def text_keys(seed: int, prompts: Sequence[str | None], indices: np.ndarray) -> 
         prompts: One for each sample; None for no prompt.
         indices: [n] the sample's number among those of its prompt.
     """
-    hashes = np.array(
-        [zlib.crc32((prompt or "").encode("utf-8", "surrogatepass")) for prompt in prompts], np.uint32
-    )
+    hashes = np.array([zlib.crc32((prompt or "").encode()) for prompt in prompts], np.uint32)
     return jax.vmap(jax.random.fold_in)(sample_keys(seed, indices), hashes)
 
 

@@ -83,10 +83,9 @@ def test_a_sample_depends_on_its_own_seed_index_and_prompt_alone(monkeypatch):
 
 
 def test_texts_for_different_prompts_begin_with_different_noise():
-    # The last one is what a byte that is no UTF-8 becomes on the command line.
-    prompts = ["a dog", "a dog", "a cat", None, "a \udcff"]
-    keys = jax.random.key_data(generator.text_keys(3, prompts, np.array([0, 1, 0, 0, 0])))
-    assert len(np.unique(keys, axis=0)) == 5
+    prompts = ["a dog", "a dog", "a cat", None]
+    keys = jax.random.key_data(generator.text_keys(3, prompts, np.array([0, 1, 0, 0])))
+    assert len(np.unique(keys, axis=0)) == 4
     alone = jax.random.key_data(generator.text_keys(3, ["a cat"], np.array([0])))
     np.testing.assert_array_equal(alone[0], keys[2])
 
