@@ -13,10 +13,11 @@ from ar_model import CausalTransformer
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.generation.generator import take_rows
 from sunfish_jax.models.denoiser import PromptKeysValues, compute_params
-from sunfish_jax.models.layers import merge_heads, rms_norm, rotary, split_heads
+from sunfish_jax.models.layers import merge_heads, rms_norm, split_heads
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.attention import attention
 from sunfish_jax.ops.dense import dense, squared_relu_mlp
+from sunfish_jax.ops.rotary import rotary
 
 # More rows are done in turns.
 _ROWS_AT_ONCE = 64

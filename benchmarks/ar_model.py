@@ -81,7 +81,7 @@ class CausalTransformer(nn.Module):
         x = dropout(x, row_seeds, 3 * self.num_layers, self.dropout)
         for index, layer in enumerate(self.layers):
             scales = self.norm_scales[3 * index : 3 * index + 3]
-            x = layer(x, scales, prompt.keys[index], prompt.values[index], prompt.mask, row_seeds)
+            x = layer(x, scales, [prompt.layer(index)], row_seeds)
         return rms_norm(x, self.norm_scales[-1]).reshape(-1, self.width)
 
     def logits(self, tokens: jax.Array, prompt: PromptKeysValues) -> jax.Array:

@@ -16,6 +16,7 @@ from sunfish_jax.diffusion.guidance import Denoise
 from sunfish_jax.diffusion.names import SCHEDULERS
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.errors import UserError
+from sunfish_jax.ops.cross_entropy import expected_embedding
 
 # The first and the last noise level, as quantiles of the schedule.
 FIRST_QUANTILE, LAST_QUANTILE = 1.0 - 1e-3, 1e-3
@@ -117,9 +118,10 @@ def sample(
     *,
     key: jax.Array,
     shape: tuple[int, int],
+    compute_dtype: jnp.dtype = jnp.float32,
     temperature: float | jax.Array = 1.0,
     known: Known | None = None,
-    step_callback: Callable[[int, np.ndarray], None] | None = None,
+    step_callback: Callable[[int], None] | None = None,
 ) -> Sample:
     """Samples rows of tokens; to be called under `jax.jit`, with `steps` among the arguments.
 
@@ -133,10 +135,11 @@ def sample(
       key: a random key, from which row r takes `fold_in(key, r)`, or [B] keys, one for each row. Either way
         a row's noise does not depend on the rows beside it.
       shape: (B, S), rows and their length in tokens.
+      compute_dtype: what the product with the embeddings is computed in.
       temperature: divides the logits; under 1 the estimates are drawn towards the likeliest tokens.
       known: tokens that are given: clean in every pass, and returned as they are.
-      step_callback: called on the host as (passes made, tokens [B, S] so far) after each pass. Wait for the
-        last call with `jax.effects_barrier()`.
+      step_callback: called on the host with the number of passes made, after each. Wait for the last call with
+        `jax.effects_barrier()`.
 
     Returns:
       The likeliest tokens of the last pass.
@@ -153,24 +156,29 @@ def sample(
         mask = known.mask.reshape(known.mask.shape + (1,) * (values.ndim - 2))
         return jnp.where(mask, given, values)
 
+    low_table = embedding_table.astype(compute_dtype)
+    num_steps = steps.gamma.shape[0]
+
+    def likeliest(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
     def step(carry, i_and_factors):
-        z, x_hat_prev, _ = carry
+        z, x_hat_prev, tokens = carry
         i, factors = i_and_factors
         if known is not None:
             z = with_known(z, embedding_table[known.tokens])
         logits = denoise(z, jnp.full(num_rows, factors.gamma), x_hat_prev)
-        x_hat = jax.nn.softmax(logits / temperature) @ embedding_table
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        if known is not None:
-            tokens = with_known(tokens, known.tokens)
+        x_hat = expected_embedding(logits / temperature, low_table)
+        # XLA:CPU takes as long for an argmax over the vocabulary as for a transformer layer: it is made once.
+        tokens = jax.lax.cond(i == num_steps - 1, likeliest, lambda logits: tokens, logits)
         if step_callback is not None:
-            jax.debug.callback(lambda i, tokens: step_callback(int(i) + 1, np.asarray(tokens)), i, tokens)
+            # One number of this pass is sent along, so that it is made when the host hears of it.
+            jax.debug.callback(lambda i, _: step_callback(int(i) + 1), i, x_hat[0, 0, 0])
         z = factors.z * z + factors.x_hat * x_hat + factors.x_hat_prev * x_hat_prev
         # Only DDPM draws noise: the others are spared its cost.
         z = jax.lax.cond(factors.noise > 0, lambda z: z + factors.noise * noise_of_pass(i + 1), lambda z: z, z)
         return (z, x_hat, tokens), None
 
     start = (noise_of_pass(0), jnp.zeros((*shape, embedding_dim)), jnp.zeros(shape, jnp.int32))
-    num_steps = steps.gamma.shape[0]
     (_, _, tokens), _ = jax.lax.scan(step, start, (jnp.arange(num_steps), steps))
-    return Sample(tokens)
+    return Sample(tokens if known is None else with_known(tokens, known.tokens))

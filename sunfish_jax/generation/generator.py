@@ -19,6 +19,7 @@ from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.models.denoiser import PromptKeysValues, compute_params
 from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.ops.cross_entropy import token_logits
 
 # Positions in one call: more rows are done in turns, so that the logits fit into memory.
 _POSITIONS_AT_ONCE = 2048
@@ -141,12 +142,16 @@ def _generate(
     def encode(prompt: Prompt) -> PromptKeysValues:
         return model.apply(variables, prompt, method="encode_prompt")
 
-    def network(z, gamma, x_hat, told):
-        return model.apply(variables, z, gamma, x_hat, *told, method="logits")
+    def features(z, gamma, x_hat, *prompts):
+        return model.apply(variables, z, gamma, x_hat, known, *prompts, method="features")
 
-    no_prompt = prompt.replace(mask=jnp.zeros_like(prompt.mask))
-    told = ((known, encode(which)) for which in (prompt, no_prompt))
-    denoise = guided(network, *told, guidance_scale, tuple(interval))
+    # Of a prompt that is not given, one position is read.
+    no_prompt = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:, :1]), prompt)
+    guided_features = guided(features, encode(prompt), encode(no_prompt), guidance_scale, tuple(interval))
+    head = model.apply(variables, method="head")
+
+    def denoise(z, gamma, x_hat):
+        return token_logits(guided_features(z, gamma, x_hat), *head)
 
     def constrained(z, gamma, x_hat):
         # After guidance, which would take the difference of two infinities.
@@ -159,6 +164,7 @@ def _generate(
         steps,
         key=keys,
         shape=(batch, seq_len),
+        compute_dtype=model.dtype,
         temperature=temperature,
         known=constraint and constraint.known,
         step_callback=counter,

@@ -97,9 +97,8 @@ class StepCounter:
         self._label = which if total == 1 else f"{which} of {total}"
         self._num_steps = num_steps
 
-    def __call__(self, step: int, tokens: np.ndarray) -> None:
+    def __call__(self, step: int) -> None:
         """Shows that `step` passes are made."""
-        del tokens
         end = "\n" if step == self._num_steps else ""
         self._stream.write(f"\r{self._label}: step {step}/{self._num_steps}{end}")
         self._stream.flush()

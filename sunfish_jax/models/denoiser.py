@@ -35,6 +35,10 @@ class PromptKeysValues:
     values: tuple[jax.Array, ...]
     mask: jax.Array
 
+    def layer(self, index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Keys, values and mask for one layer."""
+        return self.keys[index], self.values[index], self.mask
+
     def select(self, rows: jax.Array) -> "PromptKeysValues":
         """The keys and values of some rows [n]."""
         return jax.tree.map(lambda leaf: leaf[rows], self)
@@ -95,10 +99,10 @@ class TextDenoiser(nn.Module):
         norm = jnp.linalg.norm(self.raw_embedding, axis=-1, keepdims=True)
         return self.raw_embedding * (self.embedding_dim**0.5 / norm)
 
-    def logits_table(self) -> jax.Array:
-        """What `features` are multiplied with to make logits: E beside the head's table H, [V, D + W]."""
+    def head(self) -> tuple[jax.Array, jax.Array]:
+        """What makes logits of `features`: E beside the head's table H, [V, D + W], and the log unigram [V]."""
         tables = (self.embedding_table(), self.head_table)
-        return jnp.concatenate([table.astype(self.dtype) for table in tables], axis=-1)
+        return jnp.concatenate([table.astype(self.dtype) for table in tables], axis=-1), self.log_unigram
 
     def encode_prompt(self, prompt: Prompt) -> PromptKeysValues:
         """Keys and values of every layer for prompts [B, P]; a row without a prompt gets the null prompt."""
@@ -117,8 +121,8 @@ class TextDenoiser(nn.Module):
         parts = [split_heads(part, batch, self.num_heads) for part in jnp.split(both, 2 * self.num_layers, axis=-1)]
         return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)
 
-    def features(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues, row_seeds=None) -> jax.Array:
-        """What the logits are the product of with `logits_table`: (alpha / sigma^2) z beside the network's h.
+    def features(self, z, gamma, x_hat, known_mask, *prompts: PromptKeysValues, row_seeds=None) -> jax.Array:
+        """What the logits are made of by `head`: (alpha / sigma^2) z beside the network's h.
 
         logits = (alpha / sigma^2) z E^T + h H^T + log unigram: the network corrects the exact posterior of a single
         token (Plaid, Gulrajani and Hashimoto 2023).
@@ -128,11 +132,12 @@ class TextDenoiser(nn.Module):
           gamma: [B] noise level, log(sigma^2 / alpha^2).
           x_hat: [B, S, D] an earlier estimate of the clean embeddings, or zeros.
           known_mask: [B, S] bool, True where z is clean.
-          prompt: keys and values from `encode_prompt`.
-          row_seeds: [B] uint32 for dropout; None for none.
+          *prompts: k times the keys and values of a prompt for each row, from `encode_prompt`. What comes before a
+            prompt is read is computed once for all k.
+          row_seeds: [B] uint32 for dropout, where k is 1; None for none.
 
         Returns:
-          [B, S, D + W] float32.
+          [k*B, S, D + W] float32: all rows for the first prompts, then all for the second, and so on.
         """
         batch, length, dim = z.shape
         prior = posterior_scale(gamma)[:, None, None] * z
@@ -149,12 +154,11 @@ class TextDenoiser(nn.Module):
             x = layer(
                 x,
                 scales[3 * index : 3 * index + 3],
-                prompt.keys[index],
-                prompt.values[index],
-                prompt.mask,
+                [prompt.layer(index) for prompt in prompts],
                 row_seeds,
             )
-        return jnp.concatenate([prior, rms_norm(x, scales[-1])], axis=-1)
+        x = rms_norm(x.reshape(-1, batch, length, self.width), scales[-1]).reshape(x.shape)
+        return jnp.concatenate([jnp.tile(prior, (len(prompts), 1, 1)), x], axis=-1)
 
     def _single_token_mean(self, prior: jax.Array) -> jax.Array:
         """E[e | z] for each token by itself, with the tokens' frequencies as prior; no gradient flows.
@@ -164,29 +168,26 @@ class TextDenoiser(nn.Module):
         table = jax.lax.stop_gradient(self.embedding_table()).astype(self.dtype)
         prior = jax.lax.stop_gradient(prior)
         log_unigram = jax.lax.stop_gradient(self.log_unigram)
-        logits = token_logits(prior.reshape(-1, prior.shape[-1]), table, log_unigram)
-        return expected_embedding(logits, table).reshape(prior.shape)
+        return expected_embedding(token_logits(prior, table, log_unigram), table)
 
     def logits(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
         """Logits over the vocabulary, [B, S, V] float32; the arguments are those of `features`."""
         features = self.features(z, gamma, x_hat, known_mask, prompt)
-        features = features.reshape(-1, features.shape[-1])
-        logits = token_logits(features, self.logits_table(), self.log_unigram)
-        return logits.reshape(*z.shape[:2], -1)
+        return token_logits(features, *self.head())
 
     def estimate(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
         """x_hat = softmax(logits) E, [B, S, D] float32; the arguments are those of `features`."""
-        logits = self.logits(z, gamma, x_hat, known_mask, prompt).reshape(-1, self.vocab_size)
-        return expected_embedding(logits, self.embedding_table().astype(self.dtype)).reshape(z.shape)
+        logits = self.logits(z, gamma, x_hat, known_mask, prompt)
+        return expected_embedding(logits, self.embedding_table().astype(self.dtype))
 
     def cross_entropy(self, tokens, z, gamma, x_hat, known_mask, prompt, row_seeds=None) -> jax.Array:
         """-log p(token | z, gamma, x_hat, prompt) in nats, [B, S] float32.
 
         tokens is [B, S] int32; the other arguments are those of `features`.
         """
-        features = self.features(z, gamma, x_hat, known_mask, prompt, row_seeds)
+        features = self.features(z, gamma, x_hat, known_mask, prompt, row_seeds=row_seeds)
         features = features.reshape(-1, features.shape[-1])
-        losses = cross_entropy(features, self.logits_table(), self.log_unigram, tokens.reshape(-1))
+        losses = cross_entropy(features, *self.head(), tokens.reshape(-1))
         return losses.reshape(tokens.shape)
 
     def __call__(self, tokens, z, gamma, x_hat, known_mask, prompt: Prompt) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The parts of the denoiser: norms, rotary positions, noise-level features, one transformer layer."""
+"""The parts of the denoiser: norms, heads, noise-level features, one transformer layer."""
 
 import flax.linen as nn
 import jax
@@ -8,34 +8,15 @@ from sunfish_jax.ops.attention import attention
 from sunfish_jax.ops.convolution import depthwise_convolution
 from sunfish_jax.ops.dense import dense, squared_relu_mlp
 from sunfish_jax.ops.dropout import dropout
+from sunfish_jax.ops.rotary import rotary_heads
 
 _EPSILON = 1e-6
-_ROTARY_BASE = 10_000.0
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
     """x / sqrt(mean(x^2)) * scale over the last dimension, in float32 (Zhang and Sennrich 2019)."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + _EPSILON) * scale
-
-
-def rotary(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021) along the sequence.
-
-    Args:
-      x: [B, H, S, d], d even.
-      first: the position of the first of the S.
-
-    Returns:
-      [B, H, S, d] in x's dtype: pair (i, i + d/2) turned by the angle (first + s) * base^(-2i/d).
-    """
-    length, half = x.shape[-2], x.shape[-1] // 2
-    frequencies = _ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = (first + jnp.arange(length, dtype=jnp.float32))[:, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    x_part, y_part = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([x_part * cos - y_part * sin, y_part * cos + x_part * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 def split_heads(x: jax.Array, batch: int, num_heads: int) -> jax.Array:
@@ -89,24 +70,27 @@ class TransformerLayer(nn.Module):
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x, scales, prompt_keys, prompt_values, prompt_mask, row_seeds):
+    def __call__(self, x, scales, prompts, row_seeds):
         """One layer.
 
         Args:
-          x: [B, S, W] float32, the residual stream.
+          x: [k*B, S, W] float32, the residual stream: all rows for the first of k prompts, then all for the second,
+            and so on; or [B, S, W] before any prompt is read.
           scales: three [B, 1, W] or [W], what the norms' outputs are multiplied with.
-          prompt_keys, prompt_values: [B, H, P, d].
-          prompt_mask: [B, P] bool.
-          row_seeds: [B] uint32 for dropout, or None.
+          prompts: k triples of keys and values [B, H, P, d] and mask [B, P], bool.
+          row_seeds: [B] uint32 for dropout, where k is 1; or None.
 
         Returns:
-          [B, S, W] float32.
+          [k*B, S, W] float32.
         """
-        batch, _, width = x.shape
+        batch, (_, length, width) = len(prompts[0][0]), x.shape
 
         def kernel(name, rows, columns, init=None):
             init = init or kernel_init(rows)
             return self.param(name, init, (rows, columns)).astype(self.dtype)
+
+        def norm(x, scale):
+            return rms_norm(x.reshape(-1, batch, length, width), scale).reshape(x.shape)
 
         def local(h, name):
             if not self.conv_width:
@@ -114,23 +98,32 @@ class TransformerLayer(nn.Module):
             taps = self.param(name, nn.initializers.zeros, (self.conv_width, width))
             return h + depthwise_convolution(h, taps, self.causal)
 
-        def residual(branch, site):
+        def residual(x, branch, site):
             return x + dropout(branch.reshape(x.shape), row_seeds, 3 * self.site + site, self.dropout)
 
-        h = local(rms_norm(x, scales[0]), "attention_taps").reshape(-1, width)
+        h = local(norm(x, scales[0]), "attention_taps").reshape(-1, width)
         qkv = dense(h, kernel("attention_in", width, 3 * width))
-        q, k, v = (split_heads(part, batch, self.num_heads) for part in jnp.split(qkv, 3, axis=-1))
-        q, k, v = (part.astype(self.dtype) for part in (rotary(q), rotary(k), v))
-        h = merge_heads(attention(q, k, v, None, self.causal))
-        x = residual(dense(h, kernel("attention_out", width, width, nn.initializers.zeros)), 0)
+        h = merge_heads(attention(*rotary_heads(qkv, len(x), self.num_heads, self.dtype), None, self.causal))
+        x = residual(x, dense(h, kernel("attention_out", width, width, nn.initializers.zeros)), 0)
 
-        h = rms_norm(x, scales[1]).reshape(-1, width)
-        q = split_heads(dense(h, kernel("cross_in", width, width)), batch, self.num_heads).astype(self.dtype)
-        h = merge_heads(attention(q, prompt_keys, prompt_values, prompt_mask))
-        x = residual(dense(h, kernel("cross_out", width, width, nn.initializers.zeros)), 1)
+        cross_in = kernel("cross_in", width, width)
+        cross_out = kernel("cross_out", width, width, nn.initializers.zeros)
 
-        h = local(rms_norm(x, scales[2]), "mlp_taps").reshape(-1, width)
+        def cross_attention(x, keys, values, mask):
+            if keys.shape[2] == 1:
+                # Whatever the query, the only value is the answer.
+                return jnp.broadcast_to(dense(merge_heads(values), cross_out)[:, None], x.shape)
+            h = norm(x, scales[1]).reshape(-1, width)
+            q = split_heads(dense(h, cross_in), batch, self.num_heads).astype(self.dtype)
+            return dense(merge_heads(attention(q, keys, values, mask)), cross_out)
+
+        # Up to here in the first layer, a row is the same for all its prompts.
+        rows = [x] * len(prompts) if len(x) == batch else jnp.split(x, len(prompts))
+        pairs = zip(rows, prompts, strict=True)
+        x = jnp.concatenate([residual(x, cross_attention(x, *prompt), 1) for x, prompt in pairs])
+
+        h = local(norm(x, scales[2]), "mlp_taps").reshape(-1, width)
         hidden = self.mlp_ratio * width
         # The second kernel too is [W, hidden]: squared_relu_mlp says why.
         mlp_out = kernel("mlp_out", width, hidden, nn.initializers.zeros)
-        return residual(squared_relu_mlp(h, kernel("mlp_in", width, hidden), mlp_out), 2)
+        return residual(x, squared_relu_mlp(h, kernel("mlp_in", width, hidden), mlp_out), 2)

@@ -10,18 +10,17 @@ def token_logits(features: jax.Array, table: jax.Array, bias: jax.Array) -> jax.
     """features @ table.T + bias, accumulated and kept in float32.
 
     Args:
-      features: [N, D].
+      features: [..., D].
       table: [V, D]; its dtype is the one multiplied in.
       bias: [V] float32.
 
     Returns:
-      [N, V] float32.
+      [..., V] float32.
     """
-    dimensions = (((1,), (1,)), ((), ()))
-    logits = jax.lax.dot_general(
-        features.astype(table.dtype), table, dimensions, preferred_element_type=jnp.float32
-    )
-    return logits + bias
+    # XLA:CPU's fast library wants two dimensions.
+    rows = features.reshape(-1, features.shape[-1]).astype(table.dtype)
+    logits = jax.lax.dot_general(rows, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return (logits + bias).reshape(*features.shape[:-1], -1)
 
 
 def _exponentials(logits):
@@ -37,14 +36,15 @@ def expected_embedding(logits: jax.Array, table: jax.Array) -> jax.Array:
     The division by the softmax's sum comes after the product, where the array is narrow.
 
     Args:
-      logits: [N, V] float32.
+      logits: [..., V] float32.
       table: [V, D]; its dtype is the one multiplied in.
 
     Returns:
-      [N, D] float32.
+      [..., D] float32.
     """
-    exponentials, total, _ = _exponentials(logits)
-    return jnp.dot(exponentials.astype(table.dtype), table, preferred_element_type=jnp.float32) / total
+    exponentials, total, _ = _exponentials(logits.reshape(-1, logits.shape[-1]))
+    mean = jnp.dot(exponentials.astype(table.dtype), table, preferred_element_type=jnp.float32) / total
+    return mean.reshape(*logits.shape[:-1], -1)
 
 
 @jax.custom_vjp

@@ -184,13 +184,19 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
     np.testing.assert_array_equal(by_row[-1][0], together[-1][0])
 
 
-def test_the_callback_sees_every_pass_in_order():
+def test_the_callback_hears_of_every_pass_in_order():
     seen = []
-    tokens = run(
-        "ddim", 7, jax.random.key(0), step_callback=lambda step, tokens: seen.append((step, tokens.copy()))
-    )
-    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6, 7]
-    np.testing.assert_array_equal(seen[-1][1], tokens)
+    run("ddim", 7, jax.random.key(0), step_callback=seen.append)
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_in_bfloat16_only_the_mean_embedding_is_rounded():
+    key, exact, rounded = jax.random.key(4), [], []
+    run("ddim", 5, key, watch=exact)
+    run("ddim", 5, key, watch=rounded, compute_dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(exact[0][0], rounded[0][0])
+    difference = np.abs(exact[1][2] - rounded[1][2])
+    assert 0 < difference.max() < 2e-2 * np.abs(exact[1][2]).max()
 
 
 def test_any_number_of_steps_traces_one_network():

@@ -2,6 +2,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from stubs import LogitsAsFeatures
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.process import posterior_scale
@@ -14,7 +15,7 @@ from sunfish_jax.models.prompt import Prompt
 VOCAB, DIM = 20, 16
 
 
-class Counting(nn.Module):
+class Counting(LogitsAsFeatures):
     """Token v is followed by v + 1: each position believes what its neighbours, two on each side, say."""
 
     vocab_size: int = VOCAB

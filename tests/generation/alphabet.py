@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from stubs import LogitsAsFeatures
 
 from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.diffusion.process import posterior_scale
@@ -15,7 +16,7 @@ TOKENIZER = train_tokenizer([" ".join(LETTERS)] * 5, 300)
 DIM = 16
 
 
-class AlphabetDenoiser(nn.Module):
+class AlphabetDenoiser(LogitsAsFeatures):
     """logits = prior + what the noisy neighbours say, which is exact when they are clean."""
 
     vocab_size: int = len(TOKENIZER)

@@ -11,7 +11,7 @@ from sunfish_jax.diffusion.schedules import make_schedule
 from sunfish_jax.generation.generator import _generate, sample_keys
 from sunfish_jax.models.denoiser import init_params, make_model
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.ops.compiled_text import count_matrix_products, slow_matrix_products
+from sunfish_jax.ops.compiled_text import count_matrix_products, float32_matrix_products, slow_matrix_products
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU")
 
@@ -50,6 +50,9 @@ def test_every_matrix_product_of_sampling_is_fast(dtype):
     # Ten products a layer and five around them; where guidance acts they are compiled a second time.
     assert count_matrix_products(text) >= 2 * 2 * 10
     assert slow_matrix_products(text) == []
+    if dtype == "bfloat16":
+        # The noise level's own, of a number for each row.
+        assert all("noise_level" in product for product in float32_matrix_products(text))
 
 
 def test_kernels_are_cast_once_and_not_in_every_step():

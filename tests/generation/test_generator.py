@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from stubs import LogitsAsFeatures
 
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.samplers import Known
@@ -21,7 +22,7 @@ PLAIN = generator.Settings("ddim", 5, 1.0, (0.0, 1.0), 1.0)
 encoded = []
 
 
-class Stub(nn.Module):
+class Stub(LogitsAsFeatures):
     """Prefers token 1 by 2 nats and, told a prompt, its token by 1 nat besides; `prior` makes noise matter."""
 
     prior: float = 0.0

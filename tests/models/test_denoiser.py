@@ -131,6 +131,21 @@ def test_no_prompt_is_the_null_prompt_whatever_the_states_are(model, variables, 
     assert np.abs(first - logits(model, changed, inputs, prompt_of(0, none))).max() > 1e-3
 
 
+def test_several_prompts_in_one_pass_are_as_in_passes_of_their_own(model, variables, inputs):
+    given = prompt_of(0, np.arange(PROMPT_LENGTH) < np.array([[2], [PROMPT_LENGTH], [4]]))
+    # The null prompt of one position, which is not attended to but passed on.
+    none = Prompt(np.zeros((ROWS, 1, 24), np.float16), np.zeros((ROWS, 1), bool))
+    prompts = [model.apply(variables, prompt, method="encode_prompt") for prompt in (given, none, prompt_of(3))]
+    together = model.apply(variables, *inputs, *prompts, method="features")
+    alone = [model.apply(variables, *inputs, prompt, method="features") for prompt in prompts]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
+    padded = prompt_of(5, np.zeros((ROWS, PROMPT_LENGTH), bool))
+    np.testing.assert_allclose(
+        logits(model, variables, inputs, none), logits(model, variables, inputs, padded), atol=1e-4
+    )
+    assert np.abs(alone[0] - alone[1]).max() > 1e-2
+
+
 def test_cross_entropy_is_that_of_the_logits(model, variables, inputs):
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, model.vocab_size, (ROWS, LENGTH)))
     keys_values = model.apply(variables, prompt_of(0), method="encode_prompt")

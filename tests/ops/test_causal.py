@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sunfish_jax.models.layers import rotary
 from sunfish_jax.ops.attention import attention
 from sunfish_jax.ops.convolution import depthwise_convolution
+from sunfish_jax.ops.rotary import rotary
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 

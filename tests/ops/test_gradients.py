@@ -11,6 +11,7 @@ from sunfish_jax.ops.attention import attention
 from sunfish_jax.ops.convolution import depthwise_convolution
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 from sunfish_jax.ops.dense import dense, squared_relu_mlp
+from sunfish_jax.ops.rotary import rotary_heads
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 dtypes = st.sampled_from(sorted(TOLERANCE))
@@ -105,6 +106,31 @@ def test_attention(batch, heads, queries, keys, dim, masked, dtype, seed):
         lambda q, k, v: attention(q, k, v, mask),
         lambda q, k, v: plain_attention(q, k, v, mask),
         arguments,
+        dtype,
+    )
+
+
+def plain_rotary_heads(qkv, batch, heads):
+    rows = qkv.reshape(batch, -1, 3, heads, qkv.shape[-1] // (3 * heads))
+    q, k, v = rows.transpose(2, 0, 3, 1, 4)
+    half = v.shape[-1] // 2
+    # Each pair as a complex number, turned by a root of unity.
+    turns = np.exp(1j * np.arange(v.shape[2])[:, None] * 10_000.0 ** (-np.arange(half) / half))
+    pairs = (turns * jax.lax.complex(x[..., :half], x[..., half:]) for x in (q, k))
+    return jnp.stack([*(jnp.concatenate([pair.real, pair.imag], axis=-1) for pair in pairs), v])
+
+
+@few_examples
+@given(
+    batch=st.integers(1, 3), heads=st.integers(1, 3), length=sizes, half=st.integers(1, 9), dtype=dtypes,
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_rotary_heads(batch, heads, length, half, dtype, seed):
+    qkv = normal(np.random.default_rng(seed), batch * length, 3 * heads * 2 * half)
+    assert_same_function(
+        lambda qkv: jnp.stack(rotary_heads(qkv.astype(jnp.float32), batch, heads, jnp.dtype(dtype))),
+        lambda qkv: plain_rotary_heads(qkv, batch, heads),
+        (qkv,),
         dtype,
     )
 
