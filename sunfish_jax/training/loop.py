@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch, batch_iterator
 from sunfish_jax.errors import UserError
+from sunfish_jax.ops.allocator import give_back_freed_memory
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.init_from import init_state, init_tokenizer
 from sunfish_jax.training.interrupt import StopRequest
@@ -178,6 +179,7 @@ class CompiledStep:
             return 0.0
         began = time.monotonic()
         self._compiled[length] = self._step.lower(state, batch).compile()
+        give_back_freed_memory()
         seconds = time.monotonic() - began
         print(f"compiled the step for rows of {length} tokens in {seconds:.1f}s", flush=True)
         return seconds

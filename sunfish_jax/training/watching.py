@@ -1,5 +1,6 @@
 """What a run shows of itself besides its loss: held-out figures and samples."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -36,10 +37,11 @@ def make_evaluate(config: ConfigDict, prepared: Prepared, stop: StopRequest) -> 
     Returns:
         A function to scalars by name, of the averaged parameters.
     """
-    batches = prepared.held_out_batches(config)
+    # Encoding their prompts takes seconds, which the first step need not wait for.
+    batches = functools.cache(lambda: prepared.held_out_batches(config))
 
     def until_stopped() -> Iterator[Batch]:
-        for batch in batches:
+        for batch in batches():
             if stop:
                 raise Stopped
             yield batch
@@ -60,7 +62,9 @@ def make_sample(config: ConfigDict, prepared: Prepared) -> Sample:
     The noise they start from is always the same, so that they can be compared from step to step.
     """
     names = [*config.logging.sample_prompts, "no prompt"]
-    prompts = encode_prompts(prepared.prompt_encoder, [*config.logging.sample_prompts, None])
+    prompts = functools.cache(
+        lambda: encode_prompts(prepared.prompt_encoder, [*config.logging.sample_prompts, None])
+    )
     settings = Settings.make(config.sampling)
 
     def sample(state: TrainState) -> dict[str, str]:
@@ -70,7 +74,7 @@ def make_sample(config: ConfigDict, prepared: Prepared) -> Sample:
             params,
             schedule,
             prepared.tokenizer,
-            prompts,
+            prompts(),
             seq_len=config.model.block_size,
             settings=settings,
             seed=config.train.seed,

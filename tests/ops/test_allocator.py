@@ -38,3 +38,31 @@ def test_the_restarted_process_uses_huge_pages(tunables):
     assert seen == f"['first', '--second=2'] {tunables}{':' if tunables else ''}glibc.malloc.hugetlb=1"
     # 65,536 small pages; huge ones are 512 times as large.
     assert int(faults) < 6000
+
+
+# Frees many small blocks below one that stays, which keeps glibc from giving them back by itself.
+FREEING = """
+import ctypes
+from sunfish_jax.ops.allocator import give_back_freed_memory
+
+def resident_megabytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [libc.malloc(10_000) for _ in range(10_000)]
+for block in blocks:
+    ctypes.memset(block, 1, 10_000)
+for block in blocks[:-1]:
+    libc.free(block)
+before = resident_megabytes()
+give_back_freed_memory()
+print(before - resident_megabytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the function is glibc's")
+def test_freed_memory_goes_back_to_the_system():
+    done = subprocess.run([sys.executable, "-c", FREEING], check=True, capture_output=True, text=True)
+    assert float(done.stdout) > 80
