@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.loss import NoisyRows, first_estimate
+from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimate
 from sunfish_jax.diffusion.process import posterior_scale, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.models.denoiser import TABLES, PromptKeysValues, TextDenoiser

@@ -112,8 +112,11 @@ def _with_compute_dtype(config: ConfigDict, saved: ConfigDict | None) -> ConfigD
     if config.model.compute_dtype != "auto":
         return config
     config = config.copy_and_resolve_references()
-    config.model.compute_dtype = saved.model.compute_dtype if saved else fastest_compute_dtype()
-    print(f"computing in {config.model.compute_dtype}", flush=True)
+    if saved:
+        config.model.compute_dtype, why = saved.model.compute_dtype, "as the run began"
+    else:
+        config.model.compute_dtype, why = fastest_compute_dtype(), "the fastest here"
+    print(f"computing in {config.model.compute_dtype}, {why}", flush=True)
     return config
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.loss import NoisyRows, first_estimate
+from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimate
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.schedules import fit_schedule
 from sunfish_jax.models.denoiser import TextDenoiser, compute_params

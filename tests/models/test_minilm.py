@@ -65,6 +65,9 @@ def test_states_do_not_depend_on_the_rest_of_the_batch(encoder):
         alone = encoder.encode(alone_tokens, alone_mask)
         np.testing.assert_array_equal(alone[alone_mask], together[row, mask[row]])
     np.testing.assert_array_equal(encoder.encode(tokens[::-1], mask[::-1]), together[::-1])
+    # More than one call takes, at every place within one.
+    many = encoder.encode(np.repeat(tokens[:2], 20, axis=0), np.repeat(mask[:2], 20, axis=0))
+    np.testing.assert_array_equal(many, np.repeat(together[:2], 20, axis=0))
 
 
 def test_missing_weights_are_an_error_that_says_how_to_get_them(monkeypatch):

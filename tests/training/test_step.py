@@ -8,7 +8,7 @@ from encoders import FrozenEncoder
 
 from configs import nano
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.loss import NoisyRows, first_estimate, self_conditioned_rows
+from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimate, self_conditioned_rows
 from sunfish_jax.models.denoiser import compute_params, make_model
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.sharding import make_mesh, state_shardings
