@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from ar_likelihood import HeldOutText, held_out_text, score
 from ar_model import CausalTransformer, count_parameters, init_twin, make_twin
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -29,7 +29,7 @@ from sunfish_jax.training.preparation import Prepared, begin_workdir, check_work
 from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, make_mesh, state_shardings
 from sunfish_jax.training.state import make_optimizer
-from sunfish_jax.training.step import ema_decay
+from sunfish_jax.training.step import TrainStep, ema_decay
 from sunfish_jax.training.watching import on_one_device
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, has_config, load_config, record_config
@@ -135,34 +135,34 @@ def create_twin_state(config: ConfigDict, model: CausalTransformer, token_counts
     )
 
 
-def make_twin_step(
-    config: ConfigDict, model: CausalTransformer, mesh: Mesh
-) -> Callable[[TwinState, Batch], tuple[TwinState, dict[str, jax.Array]]]:
-    """The jitted step, as `sunfish_jax.training.step.make_train_step` makes the denoiser's.
+def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> TrainStep:
+    """The step of a `TwinState`, as `sunfish_jax.training.step.make_train_step` makes the denoiser's.
 
     Every real token is predicted; nothing follows an end of text that would have to be learned.
 
     Returns:
-      A function of (state, batch), donating the state, to the next state and the scalars `loss` (nats a token)
-      and `grad_norm`.
+      The step; its scalars are `loss` (nats a token) and `grad_norm`.
     """
     optimizer = make_optimizer(config.optimizer, _NO_DECAY, model.dtype)
 
-    def twin_step(state: TwinState, batch: Batch):
+    def batch_gradients(state: TwinState, batch: Batch):
         dropout_key, prompt_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         shape = batch.tokens.shape[:2]
         row_seeds = jax.random.bits(dropout_key, shape)
         prompted = jax.random.uniform(prompt_key, shape) >= config.diffusion.conditioning_dropout
         batch = batch.replace(prompt=batch.prompt.replace(mask=batch.prompt.mask & prompted[..., None]))
         num_targets = jnp.sum(batch.padding_mask).astype(jnp.float32)
-        grads, nats = gradients(compute_params(state.params, model.dtype), batch, row_seeds, num_targets)
+        grads, nats = summed_gradients(compute_params(state.params, model.dtype), batch, row_seeds, num_targets)
+        return grads, nats.sum() / num_targets
 
+    def update(state: TwinState, gradients) -> tuple[TwinState, dict[str, jax.Array]]:
+        grads, loss = gradients
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: state.annealing * update, updates)
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(config.optimizer.ema_decay, state.step)
         ema_params = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema_params, params)
-        metrics = {"loss": nats.sum() / num_targets, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         next_state = state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
         return next_state, metrics
 
@@ -185,16 +185,22 @@ def make_twin_step(
         return jax.lax.psum(grads, DATA_AXIS), jax.lax.psum(nats, DATA_AXIS)
 
     rows = P(None, DATA_AXIS)
-    gradients = jax.shard_map(
+    summed_gradients = jax.shard_map(
         device_gradients, mesh=mesh, in_specs=(P(), rows, rows, P()), out_specs=(P(), P()), check_vma=False
     )
     no_counts = np.zeros(model.vocab_size)
     shardings = state_shardings(jax.eval_shape(lambda: create_twin_state(config, model, no_counts)), mesh)
-    return jax.jit(
-        twin_step,
-        donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
+    gradient_shardings = shardings.params, NamedSharding(mesh, P())
+    return TrainStep(
+        gradients=jax.jit(
+            batch_gradients, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=gradient_shardings
+        ),
+        update=jax.jit(
+            update,
+            donate_argnums=0,
+            in_shardings=(shardings, gradient_shardings),
+            out_shardings=(shardings, None),
+        ),
     )
 
 

@@ -49,9 +49,9 @@ class JaxSteps:
       state: what the next step starts from.
     """
 
-    def __init__(self, step: Callable[[Any, Batch], tuple[Any, Any]], state: Any):
+    def __init__(self, compile_step: Callable[[Any, Batch], Callable[[Any, Batch], tuple[Any, Any]]], state: Any):
         self.state = state
-        self._step = step
+        self._compile = compile_step
         self._compiled: dict[tuple[int, ...], Callable] = {}
 
     def seconds(self, batch: Batch) -> float:
@@ -61,7 +61,7 @@ class JaxSteps:
                 self._compiled = {}
                 # JAX keeps a program of its own accord too.
                 jax.clear_caches()
-            self._compiled[shape] = self._step.lower(self.state, batch).compile()
+            self._compiled[shape] = self._compile(self.state, batch)
             self.seconds(batch)
         start = time.perf_counter()
         self.state, figures = jax.block_until_ready(self._compiled[shape](self.state, batch))
@@ -173,7 +173,7 @@ def run(
     schedule = jax.tree.map(jnp.copy, state.schedule)
     plain_state = make_plain_state(config, plain_params(state.params), mesh)
     plain = faster_plain(config, model, mesh, schedule, plain_state, short_mix, repeats)
-    ours = Course.of(JaxSteps(make_train_step(config, model, mesh), state), mix)
+    ours = Course.of(JaxSteps(make_train_step(config, model, mesh).compile, state), mix)
     short = ours if fewer == config.train.accumulate_steps else Course.of(ours.contender, short_mix)
     in_torch = None if torch is None else prepare_torch(torch, config, prepared, mesh, schedule, ours, repeats)
     measured = Measured(ours, short, Course.of(plain, short_mix), in_torch)
@@ -214,6 +214,11 @@ def most_frequent(mix: list[Typical]) -> Batch:
     return max(mix, key=lambda typical: typical.share).batch
 
 
+def compiled_for(jitted: Callable) -> Callable:
+    """Compiles a jitted step for the shapes of its arguments."""
+    return lambda state, batch: jitted.lower(state, batch).compile()
+
+
 def faster_plain(
     config: ConfigDict,
     model: TextDenoiser,
@@ -229,7 +234,7 @@ def faster_plain(
     contenders, seconds = {}, {}
     for dtype in ("float32", "bfloat16"):
         step = make_plain_step(config, make_plain(model, jnp.dtype(dtype)), mesh, schedule, key)
-        contenders[dtype] = JaxSteps(step, state)
+        contenders[dtype] = JaxSteps(compiled_for(step), state)
         seconds[dtype] = statistics.median(contenders[dtype].seconds(batch) for _ in range(repeats))
         # One state for both: each gives it up to its next step.
         state = contenders[dtype].state
@@ -259,7 +264,7 @@ def prepare_torch(
     if config.optimizer.name != "adamw":
         adamw = config.copy_and_resolve_references()
         adamw.optimizer.name = "adamw"
-        steps = JaxSteps(make_train_step(adamw, prepared.model, mesh), make_state(adamw, prepared, mesh))
+        steps = JaxSteps(make_train_step(adamw, prepared.model, mesh).compile, make_state(adamw, prepared, mesh))
         ours_adamw = Course.of(steps, ours.mix)
     lengths = np.minimum(prepared.splits["train"].lengths, first.block_size)
     return TorchCourses(

@@ -67,7 +67,7 @@ def prepare_corpus(config: ConfigDict, workdir: Path) -> dict[str, float]:
 def training_rate(config: ConfigDict, prepared: Prepared, repeats: int) -> float:
     """Real tokens a second of training steps, in the mix of an epoch."""
     mesh = make_mesh(config.train.num_devices)
-    steps = JaxSteps(make_train_step(config, prepared.model, mesh), make_state(config, prepared, mesh))
+    steps = JaxSteps(make_train_step(config, prepared.model, mesh).compile, make_state(config, prepared, mesh))
     course = Course.of(steps, typical_batches(config, prepared))
     for index in range(len(course.mix)):
         for _ in range(repeats):

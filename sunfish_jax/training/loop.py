@@ -29,7 +29,7 @@ from sunfish_jax.training.preparation import (
 from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
-from sunfish_jax.training.step import make_train_step
+from sunfish_jax.training.step import TrainStep, make_train_step
 from sunfish_jax.training.watching import HELD_OUT_MEAN, Evaluate, Sample, Stopped, make_evaluate, make_sample
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, load_config, record_config
@@ -171,7 +171,7 @@ def _record_changes(config: ConfigDict, workdir: Path, step: int):
 class CompiledStep:
     """The training step, compiled once for each row length, before its first use there."""
 
-    def __init__(self, step: Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, jax.Array]]]):
+    def __init__(self, step: TrainStep):
         self._step = step
         self._compiled = {}
 
@@ -181,7 +181,7 @@ class CompiledStep:
         if length in self._compiled:
             return 0.0
         began = time.monotonic()
-        self._compiled[length] = self._step.lower(state, batch).compile()
+        self._compiled[length] = self._step.compile(state, batch)
         give_back_freed_memory()
         seconds = time.monotonic() - began
         print(f"compiled the step for rows of {length} tokens in {seconds:.1f}s", flush=True)

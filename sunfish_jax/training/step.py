@@ -1,18 +1,20 @@
 """One optimiser step: (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimate
 from sunfish_jax.diffusion.process import stratified_uniforms
-from sunfish_jax.diffusion.schedules import fit_schedule
+from sunfish_jax.diffusion.schedules import Schedule, fit_schedule
 from sunfish_jax.models.denoiser import TextDenoiser, compute_params
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, state_shardings
 from sunfish_jax.training.state import (
@@ -24,10 +26,53 @@ from sunfish_jax.training.state import (
 )
 
 
-def make_train_step(
-    config: ConfigDict, model: TextDenoiser, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step; it compiles once for each row length.
+class TrainStep:
+    """An optimiser step in two programs, of which only the first depends on the row length.
+
+    A large step takes a program of some hundred megabytes and ten seconds to compile, a third of it for the
+    optimiser: that third is there once, not for each row length.
+
+    Attributes:
+      gradients: jitted, (state, batch) to a pytree whose shapes are the same for every batch.
+      update: jitted, (state, gradients) to the next state, giving up the old one, and float32 scalars by name.
+    """
+
+    def __init__(self, gradients: Callable, update: Callable):
+        self.gradients, self.update = gradients, update
+        self._compiled_update = None
+
+    def __call__(self, state: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        """The next state and scalars by name; the old state is given up."""
+        return self.update(state, self.gradients(state, batch))
+
+    def compile(self, state: Any, batch: Batch) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
+        """The same function, compiled for batches of this shape."""
+        lowered = self.gradients.lower(state, batch)
+        if self._compiled_update is None:
+            self._compiled_update = self.update.lower(state, lowered.out_info).compile()
+        gradients, update = lowered.compile(), self._compiled_update
+        return lambda state, batch: update(state, gradients(state, batch))
+
+
+@flax.struct.dataclass
+class BatchGradients:
+    """What an optimiser step takes from its batch.
+
+    Attributes:
+      params: gradients of the mean loss, float32, with the parameters' tree.
+      loss: [] mean cross-entropy over the positions to predict.
+      schedule: the noise schedule, fitted to the losses of the batch's rows.
+      schedule_opt_state: the state of its optimiser.
+    """
+
+    params: Any
+    loss: jax.Array
+    schedule: Schedule
+    schedule_opt_state: optax.OptState
+
+
+def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> TrainStep:
+    """The step of a `TrainState`.
 
     Args:
       config: the whole configuration.
@@ -35,27 +80,21 @@ def make_train_step(
       mesh: one axis named "data", over which each microbatch's rows are split.
 
     Returns:
-      A function of (state, batch), donating the state, to the next state and float32 scalars:
-      `loss` (mean cross-entropy over the positions to predict), `grad_norm`, `learning_rate` and the schedule's
-      parameters.
+      The step; its scalars are `loss` (mean cross-entropy over the positions to predict), `grad_norm`,
+      `learning_rate` and the schedule's parameters.
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps, model.dtype)
     schedule_optimizer = make_schedule_optimizer(config.diffusion)
     learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
 
-    def train_step(state: TrainState, batch: Batch):
+    def batch_gradients(state: TrainState, batch: Batch) -> BatchGradients:
         gamma_key, *row_keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
         shape = batch.tokens.shape[:2]
         gamma = state.schedule.gamma(stratified_uniforms(gamma_key, shape[0] * shape[1])).reshape(shape)
         # Every position but the given ones is predicted, the few padded ones too: they teach where texts end.
         num_targets = jnp.maximum(1, jnp.sum(~batch.known_mask)).astype(jnp.float32)
         narrow = compute_params(state.params, model.dtype)
-        grads, row_losses = gradients(narrow, batch, gamma, jnp.stack(row_keys), num_targets)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = ema_decay(config.optimizer.ema_decay, state.step)
-        ema_params = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema_params, params)
+        grads, row_losses = summed_gradients(narrow, batch, gamma, jnp.stack(row_keys), num_targets)
 
         targets = jnp.sum(~batch.known_mask, axis=-1)
         # Rows with given tokens are easier at the same gamma: the schedule describes the others.
@@ -64,19 +103,26 @@ def make_train_step(
         schedule, schedule_opt_state = fit_schedule(
             state.schedule, state.schedule_opt_state, schedule_optimizer, gamma.ravel(), mean_losses, plain
         )
+        return BatchGradients(grads, row_losses.sum() / num_targets, schedule, schedule_opt_state)
+
+    def update(state: TrainState, gradients: BatchGradients) -> tuple[TrainState, dict[str, jax.Array]]:
+        updates, opt_state = optimizer.update(gradients.params, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_decay(config.optimizer.ema_decay, state.step)
+        ema_params = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema_params, params)
         metrics = {
-            "loss": row_losses.sum() / num_targets,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": gradients.loss,
+            "grad_norm": optax.tree.norm(gradients.params),
             "learning_rate": learning_rate(state.step),
-            **{f"schedule/{name}": value for name, value in vars(state.schedule).items()},
+            **{f"schedule/{name}": value for name, value in vars(gradients.schedule).items()},
         }
         next_state = TrainState(
             step=state.step + 1,
             params=params,
             ema_params=ema_params,
             opt_state=opt_state,
-            schedule=schedule,
-            schedule_opt_state=schedule_opt_state,
+            schedule=gradients.schedule,
+            schedule_opt_state=gradients.schedule_opt_state,
             key=state.key,
         )
         return next_state, metrics
@@ -101,7 +147,7 @@ def make_train_step(
         return jax.lax.psum(grads, DATA_AXIS), row_losses
 
     rows = P(None, DATA_AXIS)
-    gradients = jax.shard_map(
+    summed_gradients = jax.shard_map(
         device_gradients,
         mesh=mesh,
         in_specs=(P(), rows, rows, P(), P()),
@@ -109,11 +155,18 @@ def make_train_step(
         check_vma=False,
     )
     shardings = state_shardings(jax.eval_shape(lambda: create_state(config, model)), mesh)
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
+    whole = NamedSharding(mesh, P())
+    gradient_shardings = BatchGradients(shardings.params, whole, shardings.schedule, shardings.schedule_opt_state)
+    return TrainStep(
+        gradients=jax.jit(
+            batch_gradients, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=gradient_shardings
+        ),
+        update=jax.jit(
+            update,
+            donate_argnums=0,
+            in_shardings=(shardings, gradient_shardings),
+            out_shardings=(shardings, None),
+        ),
     )
 
 

@@ -47,7 +47,8 @@ def compiled_step_text(optimizer="muon"):
     model = make_model(config, config.tokenizer.vocab_size, ENCODER)
     state = jax.eval_shape(lambda: create_state(config, model))
     step = make_train_step(config, model, make_mesh(1))
-    return step.lower(state, abstract_batch(config)).compile().as_text()
+    gradients = step.gradients.lower(state, abstract_batch(config))
+    return gradients.compile().as_text() + step.update.lower(state, gradients.out_info).compile().as_text()
 
 
 # A layer has six dense products and four of attention, each with two gradients: 60 in two layers, and as many again

@@ -89,6 +89,33 @@ def test_the_same_steps_give_the_same_bits(config):
     assert_states_close(first, second, 0.0)
 
 
+def test_the_compiled_step_is_the_same_and_its_update_is_compiled_once(config):
+    model, mesh = make_model(config, VOCAB, ENCODER), make_mesh(1)
+    step, state = make_train_step(config, model, mesh), create_state(config, model)
+    compiled, jitted_update = [], step.update
+
+    class CountingUpdate:
+        def __call__(self, *arguments):
+            return jitted_update(*arguments)
+
+        def lower(self, *arguments):
+            compiled.append(arguments)
+            return jitted_update.lower(*arguments)
+
+    step.update = CountingUpdate()
+    batches = random_batch(rows=4), random_batch(rows=2)
+    losses = []
+    for batch in batches:
+        compiled_step = step.compile(state, batch)
+        expected, _ = step(jax.tree.map(jnp.copy, state), batch)
+        state, metrics = compiled_step(state, batch)
+        losses.append(float(metrics["loss"]))
+        for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert len(compiled) == 1
+    assert losses[0] != losses[1]
+
+
 def test_noise_changes_with_the_step(config):
     config.optimizer.learning_rate = 0.0
     config.diffusion.schedule_learning_rate = 0.0
