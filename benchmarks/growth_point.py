@@ -3,6 +3,7 @@
 Reads what to measure as JSON from the command line, prints what it measured as JSON on the last line.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -75,7 +76,7 @@ def train(config, point: dict) -> list[float]:
 
 
 def sample(config, point: dict) -> list[float]:
-    """Seconds of each timed sampling of `rows` texts of `length` tokens, with guidance, compiled before."""
+    """Seconds of each timed sampling of `rows` texts of `length` tokens, without guidance, compiled before."""
     import jax
     import numpy as np
 
@@ -89,7 +90,9 @@ def sample(config, point: dict) -> list[float]:
     model = make_model(config, vocab_size, encoder)
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     schedule = make_schedule(config.diffusion.schedule, model.embedding_dim, vocab_size)
-    settings = Settings.make(config.sampling).with_steps(point["num_steps"])
+    settings = dataclasses.replace(
+        Settings.make(config.sampling).with_steps(point["num_steps"]), guidance_scale=1.0
+    )
     keys = sample_keys(0, np.arange(point["rows"]))
     times = []
     for _ in range(1 + point["repeats"]):
