@@ -90,8 +90,13 @@ class Course:
         return cls(contender, mix, [[] for _ in mix])
 
     def repeat(self, index: int) -> None:
-        """Times another step at one of the row lengths."""
-        self.times[index].append(self.contender.seconds(self.mix[index].batch))
+        """Times another step at one of the row lengths, as in training after one of the same contender's.
+
+        The first after the others' turns is slower: memory that was freed went back to the system meanwhile.
+        """
+        batch = self.mix[index].batch
+        self.contender.seconds(batch)
+        self.times[index].append(self.contender.seconds(batch))
 
     def seconds(self, index: int) -> float:
         """The median at one of the row lengths."""
@@ -290,6 +295,7 @@ def measure(measured: Measured, repeats: int, rate: MatrixRate) -> None:
             for course in courses:
                 course.repeat(index)
             if measured.torch is not None and typical.batch is most_frequent(measured.ours.mix):
+                measured.torch.first.seconds()
                 measured.torch.first_times.append(measured.torch.first.seconds())
         rate.measure()
     print()

@@ -26,9 +26,11 @@ class Fixed:
         self.taken = {}
 
     def seconds(self, batch):
+        # The first after another shape's takes longer.
+        waited = not self.asked or self.asked[-1] != batch.tokens.shape or len(self.asked) % 2 == 0
         self.asked.append(batch.tokens.shape)
         self.taken[batch.tokens.shape[-1]] = "float32, eager"
-        return self.each * batch.tokens.size + self.step
+        return self.each * batch.tokens.size + self.step + 9.0 * waited
 
 
 class FixedFirst:
@@ -72,7 +74,8 @@ def make_measured(torch: bool) -> Measured:
     ours = Fixed(each=0.01)
     courses = None
     if torch:
-        first = FixedFirst([16.0, 90.0, 17.0])
+        # Every second one counts.
+        first = FixedFirst([99.0, 16.0, 99.0, 90.0, 99.0, 17.0])
         twin = Course.of(Fixed(each=0.02), mix)
         courses = TorchCourses(Course.of(Fixed(each=0.008), mix), twin, first, first_times=[], filled=0.4)
     plain = Course.of(Fixed(each=0.03), short_mix)
@@ -122,9 +125,10 @@ def test_everything_is_timed_in_turn():
     assert len(measured.torch.first_times) == 3
     for course in (measured.ours, measured.ours_short, measured.plain, measured.torch.ours, measured.torch.twin):
         assert [len(times) for times in course.times] == [3, 3]
-    # Ours, in whole and in shortened steps, alternate rather than coming in blocks, one row length after the other.
+    # Ours, in whole and in shortened steps, alternate rather than coming in blocks, one row length after the other;
+    # of two in a row the second is timed.
     shapes = measured.ours.contender.asked
-    assert shapes == 3 * [(2, 8, 16), (1, 8, 16)] + 3 * [(2, 4, 32), (1, 4, 32)]
+    assert shapes == 3 * [*2 * [(2, 8, 16)], *2 * [(1, 8, 16)]] + 3 * [*2 * [(2, 4, 32)], *2 * [(1, 4, 32)]]
 
 
 def test_a_course_that_is_two_things_is_timed_once():
