@@ -4,7 +4,6 @@ import array
 import dataclasses
 import functools
 import hashlib
-import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,15 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from sunfish_jax.data.examples import Example
 from sunfish_jax.data.sources import SPLITS, Source
 from sunfish_jax.data.tokenizer import tokenizer_identity
 from sunfish_jax.errors import UserError
 
 _FORMAT = "1"
-_TEXTS_AT_ONCE = 256
+# Texts tokenized together: no more than this, and no more once they have this many characters, each of which takes
+# about 30 bytes until its tokens are written.
+_TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 2**21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +183,25 @@ def _encoded(
     encoder.no_truncation()
     examples = (example for example in source.examples(split) if example.text.strip())
     with tqdm(desc=f"Tokenizing {split}", unit=" texts", disable=None) as progress:
-        for batch in itertools.batched(examples, _TEXTS_AT_ONCE):
+        for batch in _batched(examples):
             encodings = encoder.encode_batch([example.text for example in batch], add_special_tokens=False)
             for example, encoding in zip(batch, encodings, strict=True):
                 ids = np.array([*encoding.ids, tokenizer.eos_token_id], np.int64)
                 yield (ids, _bytes_per_token(example.text, encoding.offsets)), example.prompts
             progress.update(len(batch))
+
+
+def _batched(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    """Texts to be tokenized together: all cores have work, and what they make of long texts fits into memory."""
+    batch, characters = [], 0
+    for example in examples:
+        batch.append(example)
+        characters += len(example.text)
+        if len(batch) == _TEXTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _bytes_per_token(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:

@@ -151,3 +151,13 @@ def test_texts_are_read_a_few_at_a_time(tokenizer, tmp_path, monkeypatch):
     source.examples = lambda split: (Example(Counted(f"text {i}")) for i in range(100))
     prepare(source, tokenizer, tmp_path, block_size=16)
     assert most < 15
+
+
+def test_texts_are_tokenized_together_up_to_a_number_and_a_size(monkeypatch):
+    monkeypatch.setattr(tokens, "_TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(tokens, "_CHARACTERS_AT_ONCE", 10)
+    texts = ["a", "b", "c", "d" * 4, "e" * 6, "f" * 50, "g"]
+    batches = list(tokens._batched(Example(text) for text in texts))
+    lengths = [[len(example.text) for example in batch] for batch in batches]
+    assert lengths == [[1, 1, 1], [4, 6], [50], [1]]
+    assert [example.text for batch in batches for example in batch] == texts
