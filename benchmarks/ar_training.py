@@ -27,7 +27,7 @@ from sunfish_jax.training.interrupt import StopRequest
 from sunfish_jax.training.loop import CompiledStep
 from sunfish_jax.training.preparation import Prepared, begin_workdir, check_workdir, prepare_run
 from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
-from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, make_mesh, state_shardings
+from sunfish_jax.training.sharding import DATA_AXIS, make_mesh, state_shardings
 from sunfish_jax.training.state import make_optimizer
 from sunfish_jax.training.step import TrainStep, ema_decay
 from sunfish_jax.training.watching import on_one_device
@@ -191,17 +191,7 @@ def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> 
     no_counts = np.zeros(model.vocab_size)
     shardings = state_shardings(jax.eval_shape(lambda: create_twin_state(config, model, no_counts)), mesh)
     gradient_shardings = shardings.params, NamedSharding(mesh, P())
-    return TrainStep(
-        gradients=jax.jit(
-            batch_gradients, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=gradient_shardings
-        ),
-        update=jax.jit(
-            update,
-            donate_argnums=0,
-            in_shardings=(shardings, gradient_shardings),
-            out_shardings=(shardings, None),
-        ),
-    )
+    return TrainStep.sharded(batch_gradients, update, mesh, shardings, gradient_shardings)
 
 
 def annealing(share: float) -> float:

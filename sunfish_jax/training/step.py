@@ -41,6 +41,23 @@ class TrainStep:
         self.gradients, self.update = gradients, update
         self._compiled_update = None
 
+    @classmethod
+    def sharded(
+        cls, gradients: Callable, update: Callable, mesh: Mesh, state_shardings: Any, gradient_shardings: Any
+    ) -> "TrainStep":
+        """Jits the two functions for a state and gradients that lie on the mesh in this way."""
+        return cls(
+            jax.jit(
+                gradients, in_shardings=(state_shardings, batch_sharding(mesh)), out_shardings=gradient_shardings
+            ),
+            jax.jit(
+                update,
+                donate_argnums=0,
+                in_shardings=(state_shardings, gradient_shardings),
+                out_shardings=(state_shardings, None),
+            ),
+        )
+
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """The next state and scalars by name; the old state is given up."""
         return self.update(state, self.gradients(state, batch))
@@ -114,7 +131,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
             "loss": gradients.loss,
             "grad_norm": optax.tree.norm(gradients.params),
             "learning_rate": learning_rate(state.step),
-            **{f"schedule/{name}": value for name, value in vars(gradients.schedule).items()},
+            **{f"schedule/{name}": value for name, value in vars(state.schedule).items()},
         }
         next_state = TrainState(
             step=state.step + 1,
@@ -157,17 +174,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
     shardings = state_shardings(jax.eval_shape(lambda: create_state(config, model)), mesh)
     whole = NamedSharding(mesh, P())
     gradient_shardings = BatchGradients(shardings.params, whole, shardings.schedule, shardings.schedule_opt_state)
-    return TrainStep(
-        gradients=jax.jit(
-            batch_gradients, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=gradient_shardings
-        ),
-        update=jax.jit(
-            update,
-            donate_argnums=0,
-            in_shardings=(shardings, gradient_shardings),
-            out_shardings=(shardings, None),
-        ),
-    )
+    return TrainStep.sharded(batch_gradients, update, mesh, shardings, gradient_shardings)
 
 
 def microbatch_loss(model, params, config, batch, gamma, row_keys, first_row, num_targets):

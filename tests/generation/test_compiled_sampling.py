@@ -51,8 +51,7 @@ def test_every_matrix_product_of_sampling_is_fast(dtype):
     assert count_matrix_products(text) >= 2 * 2 * 10
     assert slow_matrix_products(text) == []
     if dtype == "bfloat16":
-        # The noise level's own, of a number for each row.
-        assert all("noise_level" in product for product in float32_matrix_products(text))
+        assert float32_matrix_products(text) == []
 
 
 def test_kernels_are_cast_once_and_not_in_every_step():
