@@ -50,13 +50,14 @@ class TwinSettings:
     scheduler: str = "autoregressive"
 
 
-def evaluate(twin: Twin, split: str, num_samples: int) -> dict:
+def evaluate(twin: Twin, split: str, num_samples: int, temperature: float) -> dict:
     """Prints the held-out figures and writes them to `eval.json` in the workdir.
 
     Args:
       twin: as `open_twin` gives it.
       split: `validation` or `test`.
       num_samples: texts to sample and judge, as `main.py --mode=eval` does; 0 for none.
+      temperature: of those texts.
 
     Returns:
       What is written.
@@ -97,7 +98,8 @@ def evaluate(twin: Twin, split: str, num_samples: int) -> dict:
             flush=True,
         )
     if num_samples:
-        result["samples"] = sample_figures(twin, split, num_samples)
+        result["temperature"] = temperature
+        result["samples"] = sample_figures(twin, split, num_samples, temperature)
     write_json(twin.workdir / RESULT_FILE, result)
     return result
 
@@ -113,22 +115,26 @@ def infill_figures(twin: Twin, rows: Sequence[Batch]) -> dict[str, dict]:
     return {str(size): dataclasses.asdict(accuracy) for size, accuracy in accuracies.items()}
 
 
-def sample_figures(twin: Twin, split: str, num_samples: int) -> dict[str, dict[str, float]]:
+def write_texts(twin: Twin, prompts: Sequence[str | None], temperature: float) -> list[str]:
+    """One text for each of the prompts, without guidance; text i is sample i."""
+    tokens = generate(
+        twin.model,
+        twin.params,
+        encode_prompts(twin.prompt_encoder, prompts),
+        sample_keys(0, np.arange(len(prompts))),
+        min(twin.config.model.block_size, SAMPLE_LENGTH),
+        temperature=temperature,
+    )
+    return [decode(row, twin.prepared.tokenizer) for row in tokens]
+
+
+def sample_figures(twin: Twin, split: str, num_samples: int, temperature: float) -> dict[str, dict[str, float]]:
     """Samples a text for each of some held-out prompts, and prints and returns how good they are."""
     prepared = twin.prepared
     source = open_source(twin.config.data, twin.workdir / DATA_FOLDER)
     held_out = list(source.examples(split))
     articles = articles_to_write(held_out, prepared.splits[split], prepared.tokenizer, num_samples)
-    tokens = generate(
-        twin.model,
-        twin.params,
-        encode_prompts(twin.prompt_encoder, prompts_of(articles)),
-        sample_keys(0, np.arange(len(articles))),
-        min(twin.config.model.block_size, SAMPLE_LENGTH),
-        temperature=1.0,
-        guidance_scale=1.0,
-    )
-    texts = [decode(row, prepared.tokenizer) for row in tokens]
+    texts = write_texts(twin, prompts_of(articles), temperature)
     return judge_samples(texts, list(source.examples("train")), articles, twin.workdir / SAMPLES_FILE)
 
 
@@ -177,5 +183,5 @@ def write_samples(twin: Twin, options: SampleOptions, temperature: float) -> Non
 def run(workdir: Path, split: str, eval_samples: int, options: SampleOptions, temperature: float) -> None:
     """Evaluates the best checkpoint of the twin in `workdir`, and samples from it."""
     twin = open_twin(workdir)
-    evaluate(twin, split, eval_samples)
+    evaluate(twin, split, eval_samples, temperature)
     write_samples(twin, options, temperature)

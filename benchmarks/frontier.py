@@ -2,9 +2,9 @@
 
     uv run benchmarks/frontier.py --workdir=workdir_mini --output=docs/mini_frontier.png
 
-Each setting is changed alone, the others staying as the run has them. --texts=NAME=FILE.jsonl adds texts that
-another model wrote for the same prompts (main.py --output and ar_twin.py write such files). Real text is the goal:
-a point below it has repeated itself, a point above it is noise.
+Each setting is changed alone, the others staying as the run has them. --beside=NAME=WORKDIR adds the temperatures
+of another run, of the denoiser or of its autoregressive twin (ar_twin.py), for the same prompts. Real text is the
+goal: a point below it has repeated itself, a point above it is noise.
 """
 
 import json
@@ -23,14 +23,14 @@ FLAGS = flags.FLAGS
 VARIED = {
     "scheduler": (["ddim", "ddpm", "dpmpp"], str),
     "num_steps": (["16", "32", "64", "128"], int),
-    "temperature": (["0.7", "0.8", "0.9", "1.0"], float),
+    "temperature": (["0.4", "0.6", "0.8", "1.0"], float),
     "guidance_scale": (["1", "1.5", "2", "3"], float),
 }
 
 flags.DEFINE_string("workdir", "workdir", "The run's folder")
 flags.DEFINE_string("checkpoint", "latest", "latest, best or a step")
 flags.DEFINE_integer("num_samples", 96, "Texts at each point, for as many validation prompts", lower_bound=2)
-flags.DEFINE_multi_string("texts", [], "NAME=FILE.jsonl: texts that another model wrote; may be repeated")
+flags.DEFINE_multi_string("beside", [], "NAME=WORKDIR: another run or twin to compare with; may be repeated")
 flags.DEFINE_string("output", "frontier.png", "The picture to write; the figures go beside it as .json")
 for name, (values, _) in VARIED.items():
     flags.DEFINE_list(name, values, f"Values of sampling.{name} to try")
@@ -50,12 +50,25 @@ def varied_values() -> dict[str, list]:
     return values
 
 
+def workdirs_beside() -> dict[str, Path]:
+    """The folders of --beside by name; raises a UserError for one that holds no run."""
+    workdirs = {}
+    for given in FLAGS.beside:
+        name, _, workdir = given.partition("=")
+        if not name or not workdir or name in workdirs or name in (*VARIED, "real"):
+            raise UserError(f"--beside={given}: give NAME=WORKDIR, and to each a name of its own")
+        try:
+            load_config(Path(workdir))
+        except UserError as error:
+            raise UserError(f"--beside={given}: {error}") from None
+        workdirs[name] = Path(workdir)
+    return workdirs
+
+
 def check() -> None:
     load_config(Path(FLAGS.workdir))
     varied_values()
-    for given in FLAGS.texts:
-        if not Path(given.partition("=")[2]).is_file():
-            raise UserError(f"--texts={given}: give NAME=FILE.jsonl, of a file that exists")
+    workdirs_beside()
 
 
 def main(argv: list[str]) -> None:
@@ -65,9 +78,8 @@ def main(argv: list[str]) -> None:
     import frontier_points
 
     try:
-        others = {given.partition("=")[0]: frontier_points.read_texts(given) for given in FLAGS.texts}
         points = frontier_points.measure(
-            Path(FLAGS.workdir), FLAGS.checkpoint, FLAGS.num_samples, varied_values(), others
+            Path(FLAGS.workdir), FLAGS.checkpoint, FLAGS.num_samples, varied_values(), workdirs_beside()
         )
     except UserError as error:
         fail(error)

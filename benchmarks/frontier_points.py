@@ -1,9 +1,13 @@
 """The measurement behind frontier.py."""
 
 import dataclasses
-import json
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
+
+import ar_evaluation
+from ar_training import TWIN_FILE, open_twin
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.adherence import prompted_articles
@@ -14,16 +18,15 @@ from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt_encoder import encode_prompts
-from sunfish_jax.workdir.run import load_run
+from sunfish_jax.workdir.run import Run, load_run
 
 _SHOWN = ("perplexity", "entropy_within_text", "entropy", "distinct_2", "overlap_2", "overlap_4", "tfidf_top_10")
 
 
-def read_texts(given: str) -> dict[str, str]:
-    """By prompt its first text, from NAME=FILE.jsonl."""
-    path = given.partition("=")[2]
-    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
-    return {record["prompt"]: record["text"] for record in reversed(records)}
+class Writer(Protocol):
+    """Writes one text for each of the prompts it was made for, at a temperature."""
+
+    def __call__(self, temperature: float) -> list[str]: ...
 
 
 def measure(
@@ -31,7 +34,7 @@ def measure(
     checkpoint: str,
     num_samples: int,
     varied: Mapping[str, Sequence],
-    others: Mapping[str, Mapping[str, str]],
+    beside: Mapping[str, Path],
 ) -> list[dict]:
     """Measures and prints every point.
 
@@ -40,13 +43,14 @@ def measure(
         checkpoint: Of the run.
         num_samples: Texts at each point.
         varied: Fields of `Settings`, each with the values that it takes in turn.
-        others: Other sets of texts by name, as texts by prompt.
+        beside: Folders of other runs and twins by name, of which only the temperature is varied. The newest
+            checkpoint of a run, and the best of a twin.
 
     Returns:
-        The points, each with its `kind`, its `label` and its figures.
+        The points, each with its `kind` (what is varied, or the name of another run), its `label` and its figures.
 
     Raises:
-        UserError: The corpus has no prompts, the judge is not installed, or a text is missing.
+        UserError: The corpus has no prompts, or the judge is not installed, or there is no such checkpoint.
     """
     run = load_run(workdir, checkpoint)
     source = source_of(run)
@@ -57,30 +61,46 @@ def measure(
     if judge.missing:
         raise UserError(judge.missing)
     prompts = [article.prompts[0] for article in articles]
-    states = encode_prompts(run.prompt_encoder, prompts)
-    length = min(run.config.model.block_size, SAMPLE_LENGTH)
+    # Before the first point, so that a folder that cannot be read costs no wait.
+    others = {name: open_writer(folder, prompts) for name, folder in beside.items()}
     base = Settings.make(run.config.sampling)
+    write = functools.cache(functools.partial(write_texts, run, prompts))
 
     print("  ".join(f"{name:>{len(name)}}" for name in _SHOWN))
-    points = []
-    done: dict[Settings, list[str]] = {}
-    for name, values in varied.items():
-        for value in values:
-            settings = dataclasses.replace(base, **{name: value})
-            if settings not in done:
-                done[settings] = sample_texts(
-                    run.model, run.params, run.schedule, run.tokenizer, states,
-                    seq_len=length, settings=settings, counter=StepCounter.on_terminal(),
-                )  # fmt: skip
-            points.append(_point(judge, name, f"{value}", done[settings]))
-    for name, by_prompt in others.items():
-        missing = [prompt for prompt in prompts if prompt not in by_prompt]
-        if missing:
-            raise UserError(f"--texts={name}: there is no text for the prompt {missing[0]!r} in it")
-        points.append(_point(judge, "other", name, [by_prompt[prompt] for prompt in prompts]))
-    real = cut_like([article.text for article in articles], next(iter(done.values())))
+    points = [
+        _point(judge, name, f"{value}", write(dataclasses.replace(base, **{name: value})))
+        for name, values in varied.items()
+        for value in values
+    ]
+    for name, write_other in others.items():
+        points += [_point(judge, name, f"{value}", write_other(value)) for value in varied["temperature"]]
+    real = cut_like([article.text for article in articles], write(base))
     points.append(_point(judge, "real", "real text", real))
     return points
+
+
+def write_texts(run: Run, prompts: Sequence[str], settings: Settings) -> list[str]:
+    """One text of a run of the denoiser for each prompt."""
+    return sample_texts(
+        run.model,
+        run.params,
+        run.schedule,
+        run.tokenizer,
+        encode_prompts(run.prompt_encoder, prompts),
+        seq_len=min(run.config.model.block_size, SAMPLE_LENGTH),
+        settings=settings,
+        counter=StepCounter.on_terminal(),
+    )
+
+
+def open_writer(workdir: Path, prompts: Sequence[str]) -> Writer:
+    """What writes texts for the prompts with the run or the twin in `workdir`."""
+    if (workdir / TWIN_FILE).is_file():
+        twin = open_twin(workdir)
+        return lambda temperature: ar_evaluation.write_texts(twin, prompts, temperature)
+    run = load_run(workdir)
+    base = Settings.make(run.config.sampling)
+    return lambda temperature: write_texts(run, prompts, dataclasses.replace(base, temperature=temperature))
 
 
 def _point(judge: QualityJudge, kind: str, label: str, texts: list[str]) -> dict:
@@ -91,17 +111,17 @@ def _point(judge: QualityJudge, kind: str, label: str, texts: list[str]) -> dict
 
 
 def draw(points: list[dict], path: Path) -> None:
-    """One curve for each setting that is varied, and a mark for every other set of texts."""
+    """One curve for each setting that is varied and for each other run, and a mark for real text."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5.5))
     for kind in dict.fromkeys(point["kind"] for point in points):
         of_kind = [point for point in points if point["kind"] == kind]
         x, y = ([point[name] for point in of_kind] for name in ("entropy_within_text", "perplexity"))
-        if kind not in ("other", "real"):
-            axes.plot(x, y, marker=".", label=kind.replace("_", " "), alpha=0.8)
+        if kind == "real":
+            axes.plot(x, y, linestyle="", marker="*", markersize=12, label="real text")
         else:
-            axes.plot(x, y, linestyle="", marker="*", markersize=12, label=", ".join(p["label"] for p in of_kind))
+            axes.plot(x, y, marker=".", label=kind.replace("_", " "), alpha=0.8)
         for point in of_kind:
             axes.annotate(point["label"], (point["entropy_within_text"], point["perplexity"]), fontsize=7)
     axes.set(yscale="log", xlabel="entropy within a text, bits a word", ylabel="perplexity under SmolLM2, a token")

@@ -1,4 +1,6 @@
 import importlib.util
+import itertools
+import json
 import os
 import sys
 from pathlib import Path
@@ -20,6 +22,23 @@ def torch():
     with TorchProcess(python) as process:
         process.call("start", threads=1)
         yield process
+
+
+@pytest.fixture
+def animals(tmp_path) -> list[str]:
+    """Arguments for a run of seconds on a small corpus with prompts, corpus.jsonl in `tmp_path`."""
+    sizes = ("very small", "rather large", "surprisingly old", "young", "quick", "quiet")
+    with (tmp_path / "corpus.jsonl").open("w") as file:
+        for size, animal, deed in itertools.product(sizes, ("whale", "camel", "owl"), ("sleeps", "eats", "hides")):
+            for time in ("at night", "in spring", "by day", "at dawn"):
+                text = f"The {size} {animal} {deed} {time}."
+                print(json.dumps({"text": text, "prompt": f"Write about a {animal}"}), file=file)
+    return [
+        "--config.data.source=corpus.jsonl",
+        "--config.tokenizer.vocab_size=320",
+        "--config.prompt_encoder.name=transformer",
+        "--config.train.batch_size=4",
+    ]
 
 
 @pytest.fixture

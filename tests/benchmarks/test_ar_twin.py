@@ -646,20 +646,11 @@ def test_a_wrong_argument_is_one_line_and_code_2(tmp_path, arguments, message):
 
 
 @pytest.mark.slow
-def test_one_command_trains_evaluates_and_samples(tmp_path):
-    sizes = ("very small", "rather large", "surprisingly old", "young", "quick", "quiet")
-    with (tmp_path / "corpus.jsonl").open("w") as file:
-        for size, animal, deed in itertools.product(sizes, ("whale", "camel", "owl"), ("sleeps", "eats", "hides")):
-            for time in ("at night", "in spring", "by day", "at dawn"):
-                text = f"The {size} {animal} {deed} {time}."
-                print(json.dumps({"text": text, "prompt": f"Write about a {animal}"}), file=file)
+def test_one_command_trains_evaluates_and_samples(tmp_path, animals):
     (tmp_path / "prompts.txt").write_text("Write about a whale\nWrite about a camel\n")
     command = [
         NANO,
-        "--config.data.source=corpus.jsonl",
-        "--config.tokenizer.vocab_size=320",
-        "--config.prompt_encoder.name=transformer",
-        "--config.train.batch_size=4",
+        *animals,
         "--workdir=run",
         "--minutes=0.05",
         "--dropout=0.05",
@@ -667,6 +658,7 @@ def test_one_command_trains_evaluates_and_samples(tmp_path):
         "--prompts_file=prompts.txt",
         "--num_samples=2",
         "--eval_samples=2",
+        "--temperature=0.5",
         "--output=samples.jsonl",
     ]
     done = ar_twin(*command, folder=tmp_path)
@@ -686,6 +678,7 @@ def test_one_command_trains_evaluates_and_samples(tmp_path):
     assert 0 < result["bits_per_byte"]["with_prompt"]["value"] < 8
     assert 0 <= result["infill_accuracy"]["1"]["true"] <= 1
     assert {"samples", "real text"} <= result["samples"].keys()
+    assert result["temperature"] == samples[0]["temperature"] == 0.5
 
     # The time is over: the same command evaluates and samples again, and gets the same.
     again = ar_twin(*command, folder=tmp_path)

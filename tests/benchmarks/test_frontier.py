@@ -1,17 +1,73 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import frontier_points
+import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_the_first_text_of_each_prompt_is_taken(tmp_path):
-    records = [("a", "one"), ("a", "two"), ("b", "three")]
-    lines = "".join(json.dumps({"prompt": prompt, "text": text}) + "\n" for prompt, text in records)
-    (tmp_path / "texts.jsonl").write_text(lines)
-    assert frontier_points.read_texts(f"twin={tmp_path}/texts.jsonl") == {"a": "one", "b": "three"}
+def run(program, *arguments, folder):
+    return subprocess.run(
+        [sys.executable, str(ROOT / program), *arguments], capture_output=True, text=True, cwd=folder, check=False
+    )
 
 
 def test_the_chart_is_drawn(tmp_path):
     figures = {"perplexity": 100.0, "entropy_within_text": 5.0}
-    points = [{"kind": kind, "label": kind, **figures} for kind in ("temperature", "other", "real")]
+    points = [{"kind": kind, "label": kind, **figures} for kind in ("temperature", "twin, 30 min", "real")]
     frontier_points.draw(points, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_settings_and_another_run_are_measured_for_the_same_prompts(tmp_path, animals):
+    nano = f"--config={ROOT}/configs/nano.py"
+    for program, *arguments in (
+        ("main.py", "--workdir=run", "--config.train.num_steps=3"),
+        ("benchmarks/ar_twin.py", "--workdir=twin", "--minutes=0.02", "--eval_samples=0"),
+    ):
+        trained = run(program, nano, *animals, *arguments, folder=tmp_path)
+        assert trained.returncode == 0, trained.stderr
+    arguments = (
+        "--workdir=run",
+        "--num_samples=3",
+        "--scheduler=ddim",
+        "--num_steps=2,3",
+        "--temperature=0.1,1.0",
+        "--guidance_scale=1",
+        "--output=chart.png",
+    )
+    done = run("benchmarks/frontier.py", *arguments, "--beside=twin=twin", "--beside=again=run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "chart.json").read_text())
+    assert [(point["kind"], point["label"]) for point in points] == [
+        ("scheduler", "ddim"),
+        ("num_steps", "2"),
+        ("num_steps", "3"),
+        ("temperature", "0.1"),
+        ("temperature", "1.0"),
+        ("guidance_scale", "1.0"),
+        ("twin", "0.1"),
+        ("twin", "1.0"),
+        ("again", "0.1"),
+        ("again", "1.0"),
+        ("real", "real text"),
+    ]
+    by_point = {(point.pop("kind"), point.pop("label")): point for point in points}
+    assert all(point["perplexity"] > 1 for point in points)
+    # The same run beside itself writes the same texts, and a twin at another temperature others.
+    assert by_point["again", "0.1"] == by_point["temperature", "0.1"]
+    assert by_point["twin", "0.1"]["entropy"] < by_point["twin", "1.0"]["entropy"]
+
+    for beside, message in (
+        ("twin", "--beside=twin: give NAME=WORKDIR"),
+        ("real=twin", "give NAME=WORKDIR, and to each a name of its own"),
+        ("twin=nowhere", "--beside=twin=nowhere: --workdir=nowhere holds no run"),
+    ):
+        wrong = run("benchmarks/frontier.py", *arguments, f"--beside={beside}", folder=tmp_path)
+        assert wrong.returncode == 2
+        assert wrong.stderr.count("\n") == 1
+        assert message in wrong.stderr
