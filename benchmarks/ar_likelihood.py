@@ -61,9 +61,9 @@ def held_out_text(prepared: Prepared, config: ConfigDict, split: str, num_rows: 
     """The rows that the denoiser's evaluation takes as well."""
     texts = prepared.splits[split]
     prompts = PromptTable(prepared.prompt_encoder, texts.num_prompts, texts.prompt_texts)
-    numbers = held_out_row_numbers(texts, num_rows, prepared.buckets, config)
+    numbers = held_out_row_numbers(texts, num_rows, config)
     return HeldOutText(
-        rows=held_out_rows(texts, num_rows, prepared.buckets, config, prompts),
+        rows=held_out_rows(texts, num_rows, config, prompts),
         row_bytes=[np.where(rows < 0, 0, texts.row_bytes[rows]) for _, rows in numbers],
     )
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.buckets import rows_per_pass
+from sunfish_jax.data.buckets import choose_buckets, rows_per_pass
 from sunfish_jax.data.spans import known_spans
 from sunfish_jax.data.tokens import TokenizedSplit
 from sunfish_jax.errors import UserError
@@ -24,6 +24,8 @@ from sunfish_jax.models.prompt import Prompt
 
 # Batches made ahead of the step that asks for them.
 _PREFETCH = 4
+# Row lengths of held-out rows, at most.
+_HELD_OUT_BUCKETS = 3
 
 
 @flax.struct.dataclass
@@ -161,23 +163,24 @@ def pad_rows(split: TokenizedSplit, rows: np.ndarray, length: int) -> tuple[np.n
     return np.where(padding_mask, split.tokens[positions], split.pad_id).astype(np.int32), padding_mask
 
 
-def held_out_row_numbers(
-    split: TokenizedSplit, num_rows: int, buckets: tuple[int, ...], config: ConfigDict
-) -> list[tuple[int, np.ndarray]]:
+def held_out_row_numbers(split: TokenizedSplit, num_rows: int, config: ConfigDict) -> list[tuple[int, np.ndarray]]:
     """The same rows every time, drawn evenly from the split and grouped by length.
+
+    The lengths are few: what is compiled for each stays in memory, and few lengths leave few batches half empty.
 
     Args:
       split: `validation` or `test`.
       num_rows: how many rows (all of them where there are fewer).
-      buckets: as in training; a longer row gets `model.block_size`.
       config: the whole configuration.
 
     Returns:
-      For each batch its length S and the numbers of its rows `[B]`. B is as in training; -1 fills up the last
-      batch of a bucket, so that there is one shape for each length.
+      For each batch its length S and the numbers of its rows `[B]`. B is as for training rows of that length; -1
+      fills up the last batch of a bucket, so that there is one shape for each length. None from an empty split.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(split.num_rows)[:num_rows])
-    lengths = sorted({*buckets, config.model.block_size})
+    if not len(chosen):
+        return []
+    lengths = choose_buckets(split.lengths[chosen], _HELD_OUT_BUCKETS, config.model.block_size)
     bucket_of_row = np.searchsorted(lengths, split.lengths[chosen])
     batches = []
     for bucket, length in enumerate(lengths):
@@ -189,9 +192,7 @@ def held_out_row_numbers(
     return batches
 
 
-def held_out_rows(
-    split: TokenizedSplit, num_rows: int, buckets: tuple[int, ...], config: ConfigDict, prompts: Prompts
-) -> list[Batch]:
+def held_out_rows(split: TokenizedSplit, num_rows: int, config: ConfigDict, prompts: Prompts) -> list[Batch]:
     """Fixed batches for evaluation, the rows of `held_out_row_numbers` (whose arguments see).
 
     `prompts` makes prompts from their numbers in `split`; each row keeps one of its text's phrasings.
@@ -200,7 +201,7 @@ def held_out_rows(
       Batches with A = 1 and nothing known. An empty row has no real token and no prompt.
     """
     batches = []
-    for length, rows in held_out_row_numbers(split, num_rows, buckets, config):
+    for length, rows in held_out_row_numbers(split, num_rows, config):
         tokens, padding_mask = pad_rows(split, rows, length)
         first, count = split.row_prompts[rows].T
         prompt = np.where((rows >= 0) & (count > 0), first + rows % np.maximum(count, 1), -1)

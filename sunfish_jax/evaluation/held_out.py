@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion import process
+from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 
 _NOISE_SEED = 0x5EED
 # Self-conditioning and context use are measured on every fourth batch, which is enough for differences of
@@ -37,7 +38,8 @@ def held_out_cross_entropy(
       `none` for the best guess from the token's own noisy embedding, softmax(prior + log unigram). A model
       that has learnt word order is far below `shuffled`.
 
-    Compiled once for each shape among the rows.
+    Compiled once for each shape among the rows, the layers and what follows them apart: they are most of a
+    program, and are shared by its two uses.
 
     Args:
         model: The denoiser.
@@ -50,13 +52,13 @@ def held_out_cross_entropy(
         `context/true_25`, `context/shuffled_25`, `context/none_25`, and `context/gain`, the mean over levels
         of shuffled less true.
     """
-    table = _embedding_table(model, params)
+    table, head = _embedding_table(model, params), _head(model, params)
     sums = {name: np.zeros(len(process.HELD_OUT_SNRS)) for name in _FIGURES}
     counts = dict.fromkeys(("all", "true"), 0)
     for i, batch in enumerate(rows):
         batch = jax.tree.map(lambda leaf: leaf[0], batch)
         detail = i % _DETAIL_EVERY == 0
-        for name, values in _batch_sums(model, params, table, batch, i, detail, log_unigram).items():
+        for name, values in _batch_sums(model, params, table, head, batch, i, detail, log_unigram).items():
             sums[name] += values
         real = int(np.sum(batch.padding_mask))
         counts["all"] += real
@@ -74,26 +76,28 @@ def held_out_cross_entropy(
     return {name: float(value) for name, value in figures.items()}
 
 
-def _batch_sums(model, params, table, batch, number, detail, log_unigram) -> dict[str, np.ndarray]:
+def _batch_sums(model, params, table, head, batch, number, detail, log_unigram) -> dict[str, np.ndarray]:
     """Summed cross-entropy of a batch at each level, for those of `_FIGURES` that are asked for."""
     tokens, mask = batch.tokens, batch.padding_mask
     order = shuffled_order(mask, seed=number)
     shuffled = np.take_along_axis(np.asarray(tokens), order, axis=1)
     prompt_kv = _encode_prompt(model, params, batch.prompt)
+    read = functools.partial(_features, model, params, prompt_kv)
     levels = []
     for j, snr in enumerate(process.HELD_OUT_SNRS):
         gamma = jnp.float32(process.gamma_of_snr(snr, table.shape[-1]))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(_NOISE_SEED), number), j)
         z, zeros = _diffused(table, tokens, gamma, key)
-        level = {"all": _cross_entropy(model, params, tokens, mask, z, zeros, gamma, prompt_kv)}
+        features = read(z, zeros, gamma)
+        level = {"all": _cross_entropy(head, features, tokens, mask)}
         if detail:
-            estimate = _estimate(model, params, z, zeros, gamma, prompt_kv)
+            estimate = _estimate(head, table, features)
             # The noise goes with its token: what differs is the order alone.
             z_shuffled = jnp.take_along_axis(z, order[..., None], axis=1)
             level |= {
                 "true": level["all"],
-                "self_conditioned": _cross_entropy(model, params, tokens, mask, z, estimate, gamma, prompt_kv),
-                "shuffled": _cross_entropy(model, params, shuffled, mask, z_shuffled, zeros, gamma, prompt_kv),
+                "self_conditioned": _cross_entropy(head, read(z, estimate, gamma), tokens, mask),
+                "shuffled": _cross_entropy(head, read(z_shuffled, zeros, gamma), shuffled, mask),
             }
             if log_unigram is not None:
                 level["none"] = _without_context(table, tokens, mask, z, gamma, log_unigram)
@@ -142,6 +146,11 @@ def _embedding_table(model, params):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _head(model, params):
+    return model.apply({"params": params}, method="head")
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _encode_prompt(model, params, prompt):
     return model.apply({"params": params}, prompt, method="encode_prompt")
 
@@ -154,18 +163,23 @@ def _diffused(table, tokens, gamma, key):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _estimate(model, params, z, x_hat, gamma, prompt_kv):
-    """The model's first estimate of the clean embeddings."""
+def _features(model, params, prompt_kv, z, x_hat, gamma):
+    """What the logits are made of by the head, at one noise level."""
     gamma, known = jnp.full(len(z), gamma), jnp.zeros(z.shape[:2], bool)
-    return model.apply({"params": params}, z, gamma, x_hat, known, prompt_kv, method="estimate")
+    return model.apply({"params": params}, z, gamma, x_hat, known, prompt_kv, method="features")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _cross_entropy(model, params, tokens, padding_mask, z, x_hat, gamma, prompt_kv):
-    """Summed cross-entropy of the real tokens at one noise level, in nats."""
-    gamma, known = jnp.full(len(z), gamma), jnp.zeros(tokens.shape, bool)
-    losses = model.apply({"params": params}, tokens, z, gamma, x_hat, known, prompt_kv, method="cross_entropy")
-    return jnp.sum(jnp.where(padding_mask, losses, 0.0))
+@jax.jit
+def _estimate(head, table, features):
+    """The model's first estimate of the clean embeddings."""
+    return expected_embedding(token_logits(features, *head), table.astype(head[0].dtype))
+
+
+@jax.jit
+def _cross_entropy(head, features, tokens, padding_mask):
+    """Summed cross-entropy of the real tokens, in nats."""
+    losses = cross_entropy(features.reshape(-1, features.shape[-1]), *head, tokens.reshape(-1))
+    return jnp.sum(jnp.where(padding_mask, losses.reshape(tokens.shape), 0.0))
 
 
 @jax.jit

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from sunfish_jax.data.batches import Batch, held_out_row_numbers, held_out_rows
-from sunfish_jax.data.buckets import choose_buckets
 from sunfish_jax.data.examples import Example
 from sunfish_jax.data.sources import Source, open_source
 from sunfish_jax.data.tokens import TokenizedSplit, prepare
@@ -66,9 +65,8 @@ def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
     texts = splits[split]
     if not texts.num_rows:
         raise UserError(f"--split={split}: the corpus has no {split} text; give the other one")
-    buckets = choose_buckets(splits["train"].lengths, config.data.num_buckets, config.model.block_size)
     prompts = PromptTable(run.prompt_encoder, texts.num_prompts, texts.prompt_texts)
-    batches_of = functools.partial(held_out_rows, texts, buckets=buckets, config=config, prompts=prompts)
+    batches_of = functools.partial(held_out_rows, texts, config=config, prompts=prompts)
     print(f"step {run.step}, {split} text", flush=True)
 
     result = {"workdir": str(workdir), "checkpoint_step": run.step, "split": split}
@@ -78,7 +76,7 @@ def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
     with _section("gaps"):
         result["infill_accuracy"] = infill_figures(run, rows)
     with _section("bound on the likelihood"):
-        numbers = held_out_row_numbers(texts, config.eval.bound_rows, buckets, config)
+        numbers = held_out_row_numbers(texts, config.eval.bound_rows, config)
         result["bits_per_byte"] = bound_figures(run, rows, [_row_bytes(texts, part) for _, part in numbers])
     if num_samples:
         with _section("samples"):

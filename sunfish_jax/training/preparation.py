@@ -48,8 +48,7 @@ class Prepared:
 
     def held_out_batches(self, config: ConfigDict) -> list[Batch]:
         """The validation rows that are scored while training: always the same."""
-        rows = config.eval.num_rows
-        return held_out_rows(self.splits["validation"], rows, self.buckets, config, self._prompts("validation"))
+        return held_out_rows(self.splits["validation"], config.eval.num_rows, config, self._prompts("validation"))
 
     def token_counts(self) -> np.ndarray:
         """How often each token occurs in the training text, [V] int64."""
