@@ -1,13 +1,13 @@
 """What the twin has learnt: its figures on held-out text, and samples in the form of the denoiser's."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from ar_generation import generate
-from ar_likelihood import held_out_text, score
+from ar_likelihood import score
 from ar_model import count_parameters
 from ar_training import Twin, open_twin
 
@@ -15,23 +15,25 @@ from sunfish_jax.data.batches import Batch
 from sunfish_jax.data.sources import open_source
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.errors import UserError
+from sunfish_jax.evaluation.bound import frequency_figure, likelihood_line
 from sunfish_jax.evaluation.infill_accuracy import infill_accuracy, infill_table
+from sunfish_jax.evaluation.report import Report
 from sunfish_jax.evaluation.sample_quality import (
     SAMPLE_LENGTH,
     SAMPLES_FILE,
+    QualityJudge,
     articles_to_write,
+    beginnings,
     judge_samples,
     prompts_of,
 )
+from sunfish_jax.evaluation.text_rows import TextRows, likelihood_texts
 from sunfish_jax.generation.generator import sample_keys, take_rows, text_keys
 from sunfish_jax.generation.options import SampleOptions
 from sunfish_jax.generation.output import decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import encode_prompts
-from sunfish_jax.workdir.json_file import write_json
 from sunfish_jax.workdir.run import DATA_FOLDER
-
-RESULT_FILE = "eval.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TwinSettings:
 
 
 def evaluate(twin: Twin, split: str, num_samples: int, temperature: float) -> dict:
-    """Prints the held-out figures and writes them to `eval.json` in the workdir.
+    """Prints the figures of `main.py --mode=eval`, and writes `eval.json` and TensorBoard's files in the workdir.
 
     Args:
       twin: as `open_twin` gives it.
@@ -65,43 +67,43 @@ def evaluate(twin: Twin, split: str, num_samples: int, temperature: float) -> di
     Raises:
       UserError: the split is empty.
     """
-    config = twin.config
-    if not twin.prepared.splits[split].num_rows:
+    config, splits = twin.config, twin.prepared.splits
+    if not splits[split].num_rows:
         raise UserError(f"--split={split}: the corpus has no {split} text; give the other one")
-    held_out = score(
-        twin.model, twin.params, held_out_text(twin.prepared, config, split, config.eval.num_rows), prompted=True
-    )
-    result = {
-        "workdir": str(twin.workdir),
-        "checkpoint_step": twin.step,
-        "split": split,
+    report = Report(twin.workdir, split, twin.step)
+    report.result |= {
         "parameters": count_parameters(twin.model),
         "dropout": config.model.dropout,
         "training_seconds": twin.progress.seconds,
         "training_tokens": twin.progress.real_tokens,
-        "nats_per_token": held_out.nats_per_token,
-        "bits_per_byte": {},
     }
-    print(
-        f"step {twin.step}, {split} text: {held_out.nats_per_token:.4f} nats a token "
-        f"({len(held_out.nats)} rows, {int(held_out.num_tokens.sum())} tokens)",
-        flush=True,
-    )
-    text = held_out_text(twin.prepared, config, split, config.eval.bound_rows)
-    result["infill_accuracy"] = infill_figures(twin, text.rows)
-    for name, prompted in (("with prompt", True), ("without prompt", False)):
-        exact = score(twin.model, twin.params, text, prompted=prompted).bits_per_byte()
-        result["bits_per_byte"][name.replace(" ", "_")] = dataclasses.asdict(exact)
-        print(
-            f"exact {name}: {exact.value:.3f} ± {exact.standard_error:.3f} bits per byte ({exact.num_rows} rows, "
-            f"{exact.num_bytes} bytes)",
-            flush=True,
-        )
+    print(f"step {twin.step}, {split} text", flush=True)
+    with report.section("held-out cross-entropy") as result:
+        rows = TextRows.of(splits[split], config.eval.num_rows, config, twin.prompt_encoder)
+        held_out = score(twin.model, twin.params, rows)
+        result["nats_per_token"] = held_out.nats_per_token
+        print(f"{held_out.nats_per_token:.4f} nats a token ({len(held_out.nats)} rows)", flush=True)
+    scored = likelihood_texts(splits, split, config, twin.prompt_encoder)
+    with report.section("gaps") as result:
+        result["infill_accuracy"] = infill_figures(twin, scored["with prompt"].rows)
+    with report.section("likelihood, exact") as result:
+        result["bits_per_byte"] = likelihood_figures(twin, scored)
     if num_samples:
-        result["temperature"] = temperature
-        result["samples"] = sample_figures(twin, split, num_samples, temperature)
-    write_json(twin.workdir / RESULT_FILE, result)
-    return result
+        with report.section("samples") as result:
+            result["sampling"] = {"scheduler": "autoregressive", "temperature": temperature}
+            result["samples"] = sample_figures(twin, split, num_samples, temperature)
+    report.log()
+    return report.result
+
+
+def likelihood_figures(twin: Twin, texts: Mapping[str, TextRows]) -> dict[str, dict]:
+    """Prints and returns the exact likelihood of each of `likelihood_texts`."""
+    result = {}
+    for name, text in texts.items():
+        exact = score(twin.model, twin.params, text).bits_per_byte()
+        print(likelihood_line(name, exact, "exact"), flush=True)
+        result[name.replace(" ", "_")] = dataclasses.asdict(exact)
+    return result | frequency_figure(texts, twin.params)
 
 
 def infill_figures(twin: Twin, rows: Sequence[Batch]) -> dict[str, dict]:
@@ -134,8 +136,11 @@ def sample_figures(twin: Twin, split: str, num_samples: int, temperature: float)
     source = open_source(twin.config.data, twin.workdir / DATA_FOLDER)
     held_out = list(source.examples(split))
     articles = articles_to_write(held_out, prepared.splits[split], prepared.tokenizer, num_samples)
+    print(f"autoregressive, temperature {temperature:g}", flush=True)
     texts = write_texts(twin, prompts_of(articles), temperature)
-    return judge_samples(texts, list(source.examples("train")), articles, twin.workdir / SAMPLES_FILE)
+    length = min(twin.config.model.block_size, SAMPLE_LENGTH)
+    judge = QualityJudge(list(source.examples("train")), articles, beginnings(articles, prepared.tokenizer, length))
+    return judge_samples(judge, texts, articles, twin.workdir / SAMPLES_FILE)
 
 
 def write_samples(twin: Twin, options: SampleOptions, temperature: float) -> None:

@@ -3,30 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from ar_model import CausalTransformer
-from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch, held_out_row_numbers, held_out_rows
 from sunfish_jax.evaluation.bound import BitsPerByte
-from sunfish_jax.models.prompt_table import PromptTable
-from sunfish_jax.training.preparation import Prepared
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOutText:
-    """Rows to score.
-
-    Attributes:
-      rows: batches with A = 1; an empty row has no real token.
-      row_bytes: [B] for each of them, the UTF-8 bytes each row stands for.
-    """
-
-    rows: Sequence[Batch]
-    row_bytes: Sequence[np.ndarray]
+from sunfish_jax.evaluation.text_rows import TextRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +41,17 @@ class Score:
         return BitsPerByte(float(value), error, {"exact": float(value)}, n, int(self.num_bytes.sum()))
 
 
-def held_out_text(prepared: Prepared, config: ConfigDict, split: str, num_rows: int) -> HeldOutText:
-    """The rows that the denoiser's evaluation takes as well."""
-    texts = prepared.splits[split]
-    prompts = PromptTable(prepared.prompt_encoder, texts.num_prompts, texts.prompt_texts)
-    numbers = held_out_row_numbers(texts, num_rows, config)
-    return HeldOutText(
-        rows=held_out_rows(texts, num_rows, config, prompts),
-        row_bytes=[np.where(rows < 0, 0, texts.row_bytes[rows]) for _, rows in numbers],
-    )
-
-
-def score(model: CausalTransformer, params: Mapping, text: HeldOutText, *, prompted: bool) -> Score:
+def score(model: CausalTransformer, params: Mapping, text: TextRows) -> Score:
     """The likelihood of rows.
 
     Args:
       model, params: the twin.
-      text: what to score.
-      prompted: with each row's prompt, or with none.
+      text: what to score; an empty row is left out.
     """
     columns = []
     for batch, num_bytes in zip(text.rows, text.row_bytes, strict=True):
         batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        prompt = batch.prompt if prompted else batch.prompt.replace(mask=np.zeros_like(batch.prompt.mask))
-        nats = np.asarray(_cross_entropy(model, params, batch.tokens, prompt), np.float64)
+        nats = np.asarray(_cross_entropy(model, params, batch.tokens, batch.prompt), np.float64)
         nats = (nats * batch.padding_mask).sum(axis=-1)
         row = np.stack([nats, batch.padding_mask.sum(axis=-1), num_bytes], axis=-1)
         columns.append(row[batch.padding_mask.any(axis=-1)])

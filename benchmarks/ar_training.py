@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ar_likelihood import HeldOutText, held_out_text, score
+from ar_likelihood import score
 from ar_model import CausalTransformer, count_parameters, init_twin, make_twin
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch, batch_iterator
 from sunfish_jax.errors import UserError
+from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.models.denoiser import compute_params
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.interrupt import StopRequest
@@ -288,10 +289,10 @@ def make_evaluate(
     Returns:
       A function of a state to `nats_per_token` and `bits_per_byte`, with the rows' prompts.
     """
-    text: HeldOutText = held_out_text(prepared, config, "validation", config.eval.num_rows)
+    text = TextRows.of(prepared.splits["validation"], config.eval.num_rows, config, prepared.prompt_encoder)
 
     def evaluate(state: TwinState) -> dict[str, float]:
-        scored = score(model, on_one_device(state.ema_params), text, prompted=True)
+        scored = score(model, on_one_device(state.ema_params), text)
         return {"nats_per_token": scored.nats_per_token, "bits_per_byte": scored.bits_per_byte().value}
 
     return evaluate

@@ -9,8 +9,8 @@ a longer one. The time is that of training steps; compiling, evaluating and savi
 denoiser's progress line. Ctrl-C saves and stops, and the same command goes on. Once the time is over, the command
 evaluates and samples anew: give other prompts, seeds or temperatures.
 
-In the workdir: eval.json (exact bits per byte, with and without the prompt, and the table of main.py --mode=eval on
-samples), checkpoints, and a TensorBoard log.
+In the workdir: eval.json (the figures of main.py --mode=eval, the likelihood exact), checkpoints, logs for
+TensorBoard.
 """
 
 import math

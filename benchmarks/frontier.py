@@ -3,18 +3,18 @@
     uv run benchmarks/frontier.py --workdir=workdir_mini --output=docs/mini_frontier.png
 
 Each setting is changed alone, the others staying as the run has them. --beside=NAME=WORKDIR adds the temperatures
-of another run, of the denoiser or of its autoregressive twin (ar_twin.py), for the same prompts. Real text is the
-goal: a point below it has repeated itself, a point above it is noise.
+of another run on the same corpus, of the denoiser or of its autoregressive twin (ar_twin.py), for the same prompts.
+Both axes are relative to real text of the same lengths, so real text is at (0, 1), which is the goal: to the left
+of it texts repeat themselves, and above it they are noise. The figures are written after each point.
 """
 
-import json
 from pathlib import Path
 
 from absl import app, flags
 from command_line import fail, parser
 
-from sunfish_jax.diffusion.names import SCHEDULERS
 from sunfish_jax.errors import UserError
+from sunfish_jax.generation.options import SampleOptions, check_checkpoint
 from sunfish_jax.startup import end_on_interrupt, prepare_process
 from sunfish_jax.workdir.config import load_config
 
@@ -29,7 +29,7 @@ VARIED = {
 
 flags.DEFINE_string("workdir", "workdir", "The run's folder")
 flags.DEFINE_string("checkpoint", "latest", "latest, best or a step")
-flags.DEFINE_integer("num_samples", 96, "Texts at each point, for as many validation prompts", lower_bound=2)
+flags.DEFINE_integer("num_samples", 100, "Texts at each point, for as many validation prompts", lower_bound=2)
 flags.DEFINE_multi_string("beside", [], "NAME=WORKDIR: another run or twin to compare with; may be repeated")
 flags.DEFINE_string("output", "frontier.png", "The picture to write; the figures go beside it as .json")
 for name, (values, _) in VARIED.items():
@@ -37,16 +37,15 @@ for name, (values, _) in VARIED.items():
 
 
 def varied_values() -> dict[str, list]:
-    """The values to try by name; raises a UserError for one that cannot be read."""
+    """The values to try by name; raises a UserError for one that cannot be sampled with."""
     values = {}
     for name, (_, read) in VARIED.items():
         try:
             values[name] = [read(value) for value in FLAGS[name].value]
         except ValueError as error:
             raise UserError(f"--{name}={','.join(FLAGS[name].value)}: {error}") from None
-    for scheduler in values["scheduler"]:
-        if scheduler not in SCHEDULERS:
-            raise UserError(f"--scheduler={scheduler}: give some of {', '.join(SCHEDULERS)}")
+        for value in values[name]:
+            SampleOptions(**{name: value})
     return values
 
 
@@ -67,8 +66,13 @@ def workdirs_beside() -> dict[str, Path]:
 
 def check() -> None:
     load_config(Path(FLAGS.workdir))
+    check_checkpoint(FLAGS.checkpoint)
     varied_values()
     workdirs_beside()
+    output = Path(FLAGS.output)
+    SampleOptions(output=output)
+    if output.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--output={output}: give a name that ends in .png, .pdf or .svg")
 
 
 def main(argv: list[str]) -> None:
@@ -77,14 +81,18 @@ def main(argv: list[str]) -> None:
     prepare_process()
     import frontier_points
 
+    output = Path(FLAGS.output)
     try:
         points = frontier_points.measure(
-            Path(FLAGS.workdir), FLAGS.checkpoint, FLAGS.num_samples, varied_values(), workdirs_beside()
+            Path(FLAGS.workdir),
+            FLAGS.checkpoint,
+            FLAGS.num_samples,
+            varied_values(),
+            workdirs_beside(),
+            output.with_suffix(".json"),
         )
     except UserError as error:
         fail(error)
-    output = Path(FLAGS.output)
-    output.with_suffix(".json").write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
     frontier_points.draw(points, output)
     print(f"wrote {output} and {output.with_suffix('.json')}")
 

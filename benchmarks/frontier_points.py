@@ -11,16 +11,26 @@ from ar_training import TWIN_FILE, open_twin
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.adherence import prompted_articles
-from sunfish_jax.evaluation.degenerate import cut_like
 from sunfish_jax.evaluation.run import source_of
-from sunfish_jax.evaluation.sample_quality import SAMPLE_LENGTH, QualityJudge
+from sunfish_jax.evaluation.sample_quality import REAL, SAMPLE_LENGTH, SAMPLES, QualityJudge, beginnings
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt_encoder import encode_prompts
+from sunfish_jax.workdir.json_file import write_json
 from sunfish_jax.workdir.run import Run, load_run
 
-_SHOWN = ("perplexity", "entropy_within_text", "entropy", "distinct_2", "overlap_2", "overlap_4", "tfidf_top_10")
+_SHOWN = (
+    "perplexity",
+    "entropy_within_text",
+    "distinct_2",
+    "overlap_2",
+    "overlap_4",
+    "tfidf_top_10",
+    "topic_accuracy",
+    "mean_words",
+    "mean_words_whole",
+)
 
 
 class Writer(Protocol):
@@ -35,8 +45,9 @@ def measure(
     num_samples: int,
     varied: Mapping[str, Sequence],
     beside: Mapping[str, Path],
+    output: Path,
 ) -> list[dict]:
-    """Measures and prints every point.
+    """Measures and prints every point, and writes those there are to `output` after each.
 
     Args:
         workdir: The run's folder.
@@ -45,38 +56,49 @@ def measure(
         varied: Fields of `Settings`, each with the values that it takes in turn.
         beside: Folders of other runs and twins by name, of which only the temperature is varied. The newest
             checkpoint of a run, and the best of a twin.
+        output: A JSON file.
 
     Returns:
-        The points, each with its `kind` (what is varied, or the name of another run), its `label` and its figures.
+        The points, each with its `kind` (what is varied, or the name of another run), its `label`, its figures, and
+        those of real text of the same lengths under `real`.
 
     Raises:
-        UserError: The corpus has no prompts, or the judge is not installed, or there is no such checkpoint.
+        UserError: The corpus has no prompts, or another run's is another one; the judge is not installed; there is
+            no such checkpoint.
     """
     run = load_run(workdir, checkpoint)
     source = source_of(run)
     articles = prompted_articles(list(source.examples("validation")), num_samples)
     if not articles:
         raise UserError(f"--workdir={workdir}: its corpus has no validation prompts to write for")
-    judge = QualityJudge(list(source.examples("train")), articles, prompted=True)
+    length = min(run.config.model.block_size, SAMPLE_LENGTH)
+    judge = QualityJudge(list(source.examples("train")), articles, beginnings(articles, run.tokenizer, length))
     if judge.missing:
         raise UserError(judge.missing)
     prompts = [article.prompts[0] for article in articles]
     # Before the first point, so that a folder that cannot be read costs no wait.
-    others = {name: open_writer(folder, prompts) for name, folder in beside.items()}
+    others = {name: open_writer(folder, prompts, run.data_identity) for name, folder in beside.items()}
     base = Settings.make(run.config.sampling)
     write = functools.cache(functools.partial(write_texts, run, prompts))
-
-    print("  ".join(f"{name:>{len(name)}}" for name in _SHOWN))
     points = [
-        _point(judge, name, f"{value}", write(dataclasses.replace(base, **{name: value})))
+        (name, value, functools.partial(write, dataclasses.replace(base, **{name: value})))
         for name, values in varied.items()
         for value in values
     ]
     for name, write_other in others.items():
-        points += [_point(judge, name, f"{value}", write_other(value)) for value in varied["temperature"]]
-    real = cut_like([article.text for article in articles], write(base))
-    points.append(_point(judge, "real", "real text", real))
-    return points
+        points += [(name, value, functools.partial(write_other, value)) for value in varied["temperature"]]
+
+    print(f"{len(points)} points of {len(articles)} texts; each prompt is looked for among {judge.among}")
+    print("  ".join(_SHOWN), flush=True)
+    measured = []
+    for kind, value, texts in points:
+        table = judge.beside_real(texts())
+        measured.append({"kind": kind, "label": f"{value}", **table[SAMPLES], "real": table[REAL]})
+        for figures, label in ((table[SAMPLES], f"{kind} {value}"), (table[REAL], "real text of these lengths")):
+            columns = (f"{figures.get(name, float('nan')):>{len(name)}.3f}" for name in _SHOWN)
+            print("  ".join(columns), f" {label}", flush=True)
+        write_json(output, measured)
+    return measured
 
 
 def write_texts(run: Run, prompts: Sequence[str], settings: Settings) -> list[str]:
@@ -93,21 +115,20 @@ def write_texts(run: Run, prompts: Sequence[str], settings: Settings) -> list[st
     )
 
 
-def open_writer(workdir: Path, prompts: Sequence[str]) -> Writer:
-    """What writes texts for the prompts with the run or the twin in `workdir`."""
-    if (workdir / TWIN_FILE).is_file():
-        twin = open_twin(workdir)
-        return lambda temperature: ar_evaluation.write_texts(twin, prompts, temperature)
-    run = load_run(workdir)
+def open_writer(workdir: Path, prompts: Sequence[str], data_identity: str) -> Writer:
+    """What writes texts for the prompts with the run or the twin in `workdir`.
+
+    Raises:
+        UserError: It was trained on another corpus than `data_identity`, and may have seen what it is to write.
+    """
+    is_twin = (workdir / TWIN_FILE).is_file()
+    run = open_twin(workdir) if is_twin else load_run(workdir)
+    if (run.prepared.identity["data"] if is_twin else run.data_identity) != data_identity:
+        raise UserError(f"--beside=...={workdir} was trained on another corpus: name a run on the same one")
+    if is_twin:
+        return lambda temperature: ar_evaluation.write_texts(run, prompts, temperature)
     base = Settings.make(run.config.sampling)
     return lambda temperature: write_texts(run, prompts, dataclasses.replace(base, temperature=temperature))
-
-
-def _point(judge: QualityJudge, kind: str, label: str, texts: list[str]) -> dict:
-    figures = judge.figures(texts)
-    columns = "  ".join(f"{figures.get(name, float('nan')):>{len(name)}.3f}" for name in _SHOWN)
-    print(f"{columns}  {kind} {label}", flush=True)
-    return {"kind": kind, "label": label, **figures}
 
 
 def draw(points: list[dict], path: Path) -> None:
@@ -117,14 +138,17 @@ def draw(points: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5.5))
     for kind in dict.fromkeys(point["kind"] for point in points):
         of_kind = [point for point in points if point["kind"] == kind]
-        x, y = ([point[name] for point in of_kind] for name in ("entropy_within_text", "perplexity"))
-        if kind == "real":
-            axes.plot(x, y, linestyle="", marker="*", markersize=12, label="real text")
-        else:
-            axes.plot(x, y, marker=".", label=kind.replace("_", " "), alpha=0.8)
-        for point in of_kind:
-            axes.annotate(point["label"], (point["entropy_within_text"], point["perplexity"]), fontsize=7)
-    axes.set(yscale="log", xlabel="entropy within a text, bits a word", ylabel="perplexity under SmolLM2, a token")
+        x = [point["entropy_within_text"] - point["real"]["entropy_within_text"] for point in of_kind]
+        y = [point["perplexity"] / point["real"]["perplexity"] for point in of_kind]
+        axes.plot(x, y, marker=".", label=kind.replace("_", " "), alpha=0.8)
+        for point, *at in zip(of_kind, x, y, strict=True):
+            axes.annotate(point["label"], at, fontsize=7)
+    axes.plot(0, 1, linestyle="", marker="*", markersize=12, color="black", label="real text")
+    axes.set(
+        yscale="log",
+        xlabel="entropy within a text, less that of real text as long (bits a word)",
+        ylabel="perplexity under SmolLM2, over that of real text as long",
+    )
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.tight_layout()

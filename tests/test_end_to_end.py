@@ -216,7 +216,24 @@ def test_eval(folder, started):
     assert 2 <= len(samples) <= 4
     assert {"samples", "real text", "shuffled words"} <= result["samples"].keys()
     assert result["samples"]["samples"]["perplexity"] > 1
-    assert list((folder / "stopped/eval_validation").glob("events.*"))
+    assert result["sampling"]["scheduler"] == "ddpm"
+    assert result["bits_per_byte"].keys() == {
+        "with_prompt",
+        "without_prompt",
+        "shuffled",
+        "training_text",
+        "frequencies",
+    }
+    (log,) = (folder / "stopped/eval_validation").glob("events.*")
+    events = EventAccumulator(str(log))
+    events.Reload()
+    assert {
+        "held_out/mean",
+        "bits_per_byte/with_prompt/value",
+        "infill_accuracy/1/true",
+        "samples/samples/perplexity",
+        "samples/real text/perplexity",
+    } <= set(events.Tags()["scalars"])
 
 
 def test_init_from_starts_a_new_run_from_the_weights(folder, started):

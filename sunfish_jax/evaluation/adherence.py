@@ -79,7 +79,7 @@ class AdherenceJudge:
 
         Args:
             train: The training examples.
-            articles: Two or more, as `prompted_articles` gives them.
+            articles: As `prompted_articles` gives them.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.svm import LinearSVC
@@ -95,7 +95,9 @@ class AdherenceJudge:
         known = {article.topic for article in articles} & set(topics)
         self._with_topic = [i for i, article in enumerate(articles) if article.topic in known]
         self._topics = np.array([articles[i].topic for i in self._with_topic])
-        self.num_with_topic = len(self._with_topic) if len(set(topics)) > 1 else 0
+        # Two, so that there is a wrong prompt to compare with.
+        enough = len(set(topics)) > 1 and len(self._with_topic) > 1
+        self.num_with_topic = len(self._with_topic) if enough else 0
         if self.num_with_topic:
             # Right of the default corpus's training articles, in 3-fold cross-validation: 0.897 (0.889 at C = 0.3);
             # 0.891 by logistic regression, at C = 10; 0.902 with pairs of words too, at four times the time.
@@ -118,7 +120,7 @@ class AdherenceJudge:
             hits["topic_accuracy"] = predicted[:, None] == self._topics
         return Adherence(
             own={name: float(np.diagonal(hit).mean()) for name, hit in hits.items()},
-            wrong={name: off_diagonal_mean(hit) for name, hit in hits.items() if len(hit) > 1},
+            wrong={name: off_diagonal_mean(hit) for name, hit in hits.items()},
         )
 
 

@@ -3,16 +3,16 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.likelihood import likelihood_bound
 from sunfish_jax.diffusion.schedules import Schedule
+from sunfish_jax.evaluation.text_rows import TextRows
 
 _NOISE_SEED = 0xB0
 _TERMS = ("prior", "recon", "diff", "padding")
@@ -40,10 +40,8 @@ def bits_per_byte(
     model: nn.Module,
     params: Mapping,
     schedule: Schedule,
-    rows: Sequence[Batch],
-    row_bytes: Sequence[np.ndarray],
+    text: TextRows,
     *,
-    prompted: bool,
     num_draws: int,
 ) -> BitsPerByte:
     """The bound of `likelihood_bound` over all rows: total bits over total bytes.
@@ -55,22 +53,17 @@ def bits_per_byte(
         model: The denoiser.
         params: Its parameters; the moving average, usually.
         schedule: The run's schedule.
-        rows: Held-out batches with A = 1. Rows without a real token are left out.
-        row_bytes: [B] for each of them, the UTF-8 bytes each row stands for.
-        prompted: With each row's prompt, or with none.
+        text: The rows, of which those without a real token are left out.
         num_draws: Stratified draws of the noise level a row; 64 or more for a figure to report.
 
     Returns:
         The figure, its standard error and its terms.
     """
     totals = []
-    for i, (batch, num_bytes) in enumerate(zip(rows, row_bytes, strict=True)):
+    for i, (batch, num_bytes) in enumerate(zip(text.rows, text.row_bytes, strict=True)):
         batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        prompt = batch.prompt
-        if not prompted:
-            prompt = prompt.replace(mask=np.zeros_like(prompt.mask))
         key = jax.random.fold_in(jax.random.key(_NOISE_SEED), i)
-        bound = _bound(model, params, schedule, batch.tokens, batch.padding_mask, prompt, key, num_draws)
+        bound = _bound(model, params, schedule, batch.tokens, batch.padding_mask, batch.prompt, key, num_draws)
         columns = [*(np.asarray(getattr(bound, name), np.float64) for name in _TERMS), num_bytes]
         totals.append(np.stack(columns, axis=-1)[np.asarray(batch.padding_mask).any(axis=-1)])
     totals = np.concatenate(totals)
@@ -80,6 +73,21 @@ def bits_per_byte(
     deviation = bits.sum(axis=-1) - value * lengths
     error = math.sqrt(np.sum(deviation**2) * n / (n - 1)) / lengths.sum() if n > 1 else math.nan
     return BitsPerByte(float(value), error, dict(zip(_TERMS, terms.tolist(), strict=True)), n, int(lengths.sum()))
+
+
+def likelihood_line(name: str, figure: BitsPerByte, detail: str) -> str:
+    """What is printed of a figure."""
+    return (
+        f"{name}: {figure.value:.3f} ± {figure.standard_error:.3f} bits per byte "
+        f"({detail}; {figure.num_rows} rows, {figure.num_bytes} bytes)"
+    )
+
+
+def frequency_figure(texts: Mapping[str, TextRows], params: Mapping) -> dict[str, dict[str, float]]:
+    """Prints and returns, as a member of the figures, what a model of the tokens' frequencies would reach."""
+    value = texts["with prompt"].bits_per_byte_by_frequency(np.asarray(params["log_unigram"]))
+    print(f"by the tokens' frequencies alone: {value:.3f} bits per byte", flush=True)
+    return {"frequencies": {"value": value}}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7))

@@ -18,12 +18,13 @@ def cut(text: str, num_words: int) -> str:
     return text[: ends[num_words - 1]] if num_words else ""
 
 
-def cut_like(texts: Sequence[str], samples: Sequence[str]) -> list[str]:
-    """Real texts cut to as many words as the samples have, one for one.
+def cut_alike(texts: Sequence[str], others: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Both sets of texts, the longer text of each pair cut to as many words as the other has.
 
-    A text that is shorter than its sample stays as it is.
+    Entropy, perplexity and more depend on length, so only equal lengths can be compared.
     """
-    return [cut(text, len(words(sample))) for text, sample in zip(texts, samples, strict=True)]
+    lengths = [min(len(words(text)), len(words(other))) for text, other in zip(texts, others, strict=True)]
+    return tuple([cut(text, n) for text, n in zip(of, lengths, strict=True)] for of in (texts, others))
 
 
 def shuffled_words(texts: Sequence[str], seed: int = 0) -> list[str]:
@@ -56,7 +57,7 @@ def degenerate_texts(texts: Sequence[str], train_texts: Sequence[str], seed: int
     """What a sampler without any merit could write in place of real texts.
 
     Args:
-        texts: Real texts, as `cut_like` makes them.
+        texts: Real texts, as `cut_alike` makes them.
         train_texts: The training text.
         seed: Of all that is drawn.
 

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion import process
+from sunfish_jax.evaluation.text_rows import shuffled_order
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 
 _NOISE_SEED = 0x5EED
@@ -103,19 +104,6 @@ def _batch_sums(model, params, table, head, batch, number, detail, log_unigram) 
                 level["none"] = _without_context(table, tokens, mask, z, gamma, log_unigram)
         levels.append(level)
     return {name: np.array([level[name] for level in levels]) for name in levels[0]}
-
-
-def shuffled_order(mask: np.ndarray, seed: int) -> np.ndarray:
-    """Each row's positions in random order, [B, S], where `mask` is True; the others stay in place.
-
-    So does the last of them, which is the end of text where the text ends in the row.
-    """
-    order = np.tile(np.arange(mask.shape[1]), (len(mask), 1))
-    rng = np.random.default_rng(seed)
-    for row, real in zip(order, np.asarray(mask), strict=True):
-        places = np.flatnonzero(real)[:-1]
-        row[places] = rng.permutation(places)
-    return order
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.samplers import Known
-from sunfish_jax.evaluation.held_out import shuffled_order
+from sunfish_jax.evaluation.text_rows import shuffled_order
 from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.models.prompt import Prompt
 

@@ -14,13 +14,13 @@ from sunfish_jax.data.examples import Example
 from sunfish_jax.data.tokens import TokenizedSplit
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.adherence import AdherenceJudge, prompted_articles
-from sunfish_jax.evaluation.degenerate import cut_like, degenerate_texts
+from sunfish_jax.evaluation.degenerate import cut_alike, degenerate_texts
 from sunfish_jax.evaluation.judge import Judge
-from sunfish_jax.evaluation.text_statistics import NgramIndex, text_statistics
+from sunfish_jax.evaluation.text_statistics import NgramIndex, mean_length, text_statistics, words
 from sunfish_jax.generation.output import decode, jsonl_writer
 
 SAMPLES_FILE = "eval_samples.jsonl"
-# Texts are measured at this length or the block's, in tokens: about what an article of the default corpus has.
+# Samples may have this length or the block's, in tokens: about what an article of the default corpus has.
 SAMPLE_LENGTH = 128
 # The columns of the table, in order; the degenerate texts follow.
 SAMPLES, REAL = "samples", "real text"
@@ -30,13 +30,14 @@ _UNITS = {
     "entropy": "bits a word, all texts together",
     "entropy_within_text": "bits a word, mean over texts",
     "distinct_2": "of the pairs of words",
-    "mean_words": "words a text",
+    "mean_words": "words a text, of what is measured here",
+    "mean_words_whole": "words a text, before the longer of each pair is cut",
     **{f"overlap_{size}": f"{size}-grams in the training text" for size in _OVERLAPS},
 }
 
 
 class QualityJudge:
-    """Measures texts that were written for the prompts of held-out articles, or without a prompt.
+    """Measures texts that were written for the prompts of held-out articles, or without, beside the articles.
 
     What does not depend on the texts is made once: the index of the training text, the classifier, the outside
     model.
@@ -46,17 +47,18 @@ class QualityJudge:
         missing: Why there is no perplexity; None where there is.
     """
 
-    def __init__(self, train: Sequence[Example], articles: Sequence[Example], *, prompted: bool):
+    def __init__(self, train: Sequence[Example], articles: Sequence[Example], real: Sequence[str]):
         """Reads the training text.
 
         Args:
             train: The training examples.
-            articles: Held-out articles, one for each text to be measured.
-            prompted: Whether the texts answer the articles' prompts.
+            articles: Held-out articles, one for each text to be measured. If all have prompts, texts answer them.
+            real: The articles' `beginnings`.
         """
         self._train_texts = [example.text for example in train]
-        self._real = [article.text for article in articles]
+        self._real = real
         self._index = NgramIndex(self._train_texts, _OVERLAPS)
+        prompted = all(article.prompts for article in articles)
         self._adherence = AdherenceJudge(train, articles) if prompted else None
         self.among = self._adherence.among if self._adherence else None
         self._judge, self.missing = None, None
@@ -78,10 +80,14 @@ class QualityJudge:
                 figures[f"{name}_wrong_prompt"] = adherence.wrong[name]
         return figures
 
+    def beside_real(self, samples: Sequence[str]) -> dict[str, dict[str, float]]:
+        """The figures of samples, one for each article, and of real text of the same lengths."""
+        return self._table(samples, degenerate=False, progress=lambda name: None)
+
     def table(
         self, samples: Sequence[str], progress: Callable[[str], None] = lambda name: None
     ) -> dict[str, dict[str, float]]:
-        """The figures of the samples, of the real articles cut to their lengths, and of degenerate texts.
+        """The same, and those of degenerate texts of the same lengths.
 
         Args:
             samples: One text for each article.
@@ -90,13 +96,25 @@ class QualityJudge:
         Returns:
             By set of texts, the figures by name.
         """
-        real = cut_like(self._real, samples)
-        sets = {SAMPLES: list(samples), REAL: real, **degenerate_texts(real, self._train_texts)}
+        return self._table(samples, degenerate=True, progress=progress)
+
+    def _table(self, samples, *, degenerate, progress):
+        sets = dict(zip((SAMPLES, REAL), cut_alike(samples, self._real), strict=True))
+        whole = {SAMPLES: samples, REAL: self._real}
+        if degenerate:
+            sets |= degenerate_texts(sets[REAL], self._train_texts)
         table = {}
         for name, texts in sets.items():
             progress(name)
             table[name] = self.figures(texts)
+            table[name]["mean_words_whole"] = mean_length([words(text) for text in whole.get(name, texts)])
         return table
+
+
+def beginnings(articles: Sequence[Example], tokenizer, length: int) -> list[str]:
+    """As much of each article as a sample of `length` tokens could say."""
+    rows = tokenizer([article.text for article in articles], add_special_tokens=False)["input_ids"]
+    return [decode(np.array(row[:length], int), tokenizer) for row in rows]
 
 
 def articles_to_write(examples: Sequence[Example], rows: TokenizedSplit, tokenizer, num: int) -> list[Example]:
@@ -120,13 +138,13 @@ def prompts_of(articles: Sequence[Example]) -> list[str | None]:
 
 
 def judge_samples(
-    texts: Sequence[str], train: Sequence[Example], articles: Sequence[Example], path: Path
+    judge: QualityJudge, texts: Sequence[str], articles: Sequence[Example], path: Path
 ) -> dict[str, dict[str, float]]:
     """Saves samples and prints how good they are.
 
     Args:
+        judge: Made for the articles.
         texts: One sample for each of `prompts_of(articles)`.
-        train: The training examples.
         articles: As `articles_to_write` gives them.
         path: Gets a JSON object a sample, with its prompt.
 
@@ -137,7 +155,6 @@ def judge_samples(
     with jsonl_writer(path) as write:
         for prompt, text in zip(prompts, texts, strict=True):
             write({"prompt": prompt, "text": text})
-    judge = QualityJudge(train, articles, prompted=None not in prompts)
     table = judge.table(texts, lambda name: print(f"  measuring {name}", flush=True))
     print(f"{len(texts)} texts", end="")
     print(f"; each prompt is looked for among {judge.among}" if judge.among else "")

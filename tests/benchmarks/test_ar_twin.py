@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from ar_evaluation import text_keys
 from ar_generation import draw, empty_cache, generate, next_logits
-from ar_likelihood import HeldOutText, score
+from ar_likelihood import score
 from ar_model import count_parameters, init_twin, make_twin
 from ar_training import TwinLoop, annealing, create_twin_state, make_twin_step
 from encoders import FrozenEncoder
@@ -27,6 +27,7 @@ from configs import micro, mini, nano, tiny
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.errors import UserError
+from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
@@ -229,12 +230,12 @@ def test_a_score_is_the_chain_rule_over_real_tokens(model, params, tokens, promp
         known_mask=np.zeros((1, ROWS, LENGTH), bool),
         prompt=jax.tree.map(lambda leaf: leaf[None], prompt),
     )
-    text = HeldOutText([batch, batch], [np.array([50, 9, 0])] * 2)
+    text = TextRows([batch, batch], [np.array([50, 9, 0])] * 2)
     none = prompt.replace(mask=np.zeros_like(prompt.mask))
-    for prompted, given in ((True, prompt), (False, none)):
+    for rows, given in ((text, prompt), (text.without_prompts(), none)):
         losses = reference_losses(model, params, tokens, given)
         nats = [losses[0].sum(), losses[1, :5].sum()] * 2
-        scored = score(model, params, text, prompted=prompted)
+        scored = score(model, params, rows)
         # The empty row is left out.
         np.testing.assert_allclose(scored.nats, nats, rtol=1e-4)
         assert scored.nats_per_token == pytest.approx(sum(nats) / (2 * (LENGTH + 5)), rel=1e-4)
@@ -678,7 +679,8 @@ def test_one_command_trains_evaluates_and_samples(tmp_path, animals):
     assert 0 < result["bits_per_byte"]["with_prompt"]["value"] < 8
     assert 0 <= result["infill_accuracy"]["1"]["true"] <= 1
     assert {"samples", "real text"} <= result["samples"].keys()
-    assert result["temperature"] == samples[0]["temperature"] == 0.5
+    assert result["sampling"]["temperature"] == samples[0]["temperature"] == 0.5
+    assert list((tmp_path / "run/eval_validation").glob("events.*"))
 
     # The time is over: the same command evaluates and samples again, and gets the same.
     again = ar_twin(*command, folder=tmp_path)

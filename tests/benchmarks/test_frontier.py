@@ -17,7 +17,7 @@ def run(program, *arguments, folder):
 
 def test_the_chart_is_drawn(tmp_path):
     figures = {"perplexity": 100.0, "entropy_within_text": 5.0}
-    points = [{"kind": kind, "label": kind, **figures} for kind in ("temperature", "twin, 30 min", "real")]
+    points = [{"kind": kind, "label": "1", **figures, "real": figures} for kind in ("temperature", "twin, 30 min")]
     frontier_points.draw(points, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
@@ -54,20 +54,37 @@ def test_settings_and_another_run_are_measured_for_the_same_prompts(tmp_path, an
         ("twin", "1.0"),
         ("again", "0.1"),
         ("again", "1.0"),
-        ("real", "real text"),
     ]
     by_point = {(point.pop("kind"), point.pop("label")): point for point in points}
-    assert all(point["perplexity"] > 1 for point in points)
+    assert all(point["real"]["mean_words"] == point["mean_words"] for point in points)
+    # Untrained, whoever writes: far from real text.
+    assert all(point["perplexity"] > 2 * point["real"]["perplexity"] > 2 for point in points)
     # The same run beside itself writes the same texts, and a twin at another temperature others.
     assert by_point["again", "0.1"] == by_point["temperature", "0.1"]
     assert by_point["twin", "0.1"]["entropy"] < by_point["twin", "1.0"]["entropy"]
 
-    for beside, message in (
-        ("twin", "--beside=twin: give NAME=WORKDIR"),
-        ("real=twin", "give NAME=WORKDIR, and to each a name of its own"),
-        ("twin=nowhere", "--beside=twin=nowhere: --workdir=nowhere holds no run"),
-    ):
-        wrong = run("benchmarks/frontier.py", *arguments, f"--beside={beside}", folder=tmp_path)
-        assert wrong.returncode == 2
-        assert wrong.stderr.count("\n") == 1
-        assert message in wrong.stderr
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--beside=twin", "--beside=twin: give NAME=WORKDIR"),
+        ("--beside=temperature=twin", "give NAME=WORKDIR, and to each a name of its own"),
+        ("--beside=twin=nowhere", "--beside=twin=nowhere: --workdir=nowhere holds no run"),
+        ("--temperature=0.5,0", "--temperature=0.0"),
+        ("--num_steps=0", "--num_steps=0"),
+        ("--num_steps=few", "--num_steps=few"),
+        ("--scheduler=ddim,euler", "--scheduler=euler"),
+        ("--guidance_scale=-1", "--guidance_scale=-1.0"),
+        ("--checkpoint=newest", "--checkpoint=newest"),
+        ("--output=nowhere/chart.png", "there is no folder nowhere"),
+        ("--output=chart.json", "--output=chart.json: give a name that ends in .png"),
+        ("--workdir=elsewhere", "--workdir=elsewhere holds no run"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_code_2_before_anything_is_measured(tmp_path, argument, message):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    done = run("benchmarks/frontier.py", "--workdir=run", argument, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr

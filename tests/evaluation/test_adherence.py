@@ -146,6 +146,15 @@ def test_topics_that_are_not_known_do_not_count():
     assert "minilm_top_10" not in adherence.own, "among four prompts, all are in the top ten"
 
 
+def test_one_article_alone_cannot_be_judged():
+    # No prompt is wrong then.
+    adherence = AdherenceJudge(TRAIN, HELD_OUT[:1])([HELD_OUT[0].text])
+    assert adherence.own == adherence.wrong == {}
+    with_topic_and_without = AdherenceJudge(TRAIN, [HELD_OUT[0], Example("A mat.", ("mat",), "furniture")])
+    adherence = with_topic_and_without([HELD_OUT[0].text, "A mat."])
+    assert adherence.own.keys() == adherence.wrong.keys() == {"minilm_top_1", "tfidf_top_1"}
+
+
 def test_without_topics_there_is_no_topic_accuracy():
     untitled = [Example(example.text, example.prompts) for example in TRAIN]
     of_one_topic = [Example(example.text, example.prompts, "all") for example in TRAIN]

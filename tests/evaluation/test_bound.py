@@ -9,7 +9,8 @@ import pytest
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.schedules import make_schedule
-from sunfish_jax.evaluation.bound import bits_per_byte
+from sunfish_jax.evaluation.bound import bits_per_byte, frequency_figure
+from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.models.prompt import Prompt
 
 VOCAB, DIM, LENGTH, ROWS = 8, 16, 5, 64
@@ -40,7 +41,7 @@ PARAMS = {"table": jax.random.normal(jax.random.key(0), (VOCAB, DIM))}
 
 
 @pytest.fixture(scope="module")
-def rows():
+def text():
     """Two batches; the last row of the second is empty."""
     rng = np.random.default_rng(0)
     batches, row_bytes = [], []
@@ -52,16 +53,12 @@ def rows():
             mask[0, -1] = False
         batches.append(Batch(tokens, mask, ~mask & False, Prompt(half, np.ones(half.shape, bool))))
         row_bytes.append(np.full(ROWS, 2 * LENGTH) * mask[0, :, 0])
-    return batches, row_bytes
+    return TextRows(batches, row_bytes)
 
 
-def test_the_bound_is_near_the_entropy_and_a_prompt_is_worth_what_it_tells(rows):
-    bounds = {
-        prompted: bits_per_byte(Stub(), PARAMS, SCHEDULE, *rows, prompted=prompted, num_draws=64)
-        for prompted in (True, False)
-    }
-    for prompted, bits_per_token in ((True, 2), (False, 3)):
-        bound = bounds[prompted]
+def test_the_bound_is_near_the_entropy_and_a_prompt_is_worth_what_it_tells(text):
+    for rows, bits_per_token in ((text, 2), (text.without_prompts(), 3)):
+        bound = bits_per_byte(Stub(), PARAMS, SCHEDULE, rows, num_draws=64)
         # A token stands for two bytes.
         assert bound.value == pytest.approx(bits_per_token / 2, rel=0.05)
         assert bound.value > bits_per_token / 2 - 3 * bound.standard_error
@@ -69,16 +66,21 @@ def test_the_bound_is_near_the_entropy_and_a_prompt_is_worth_what_it_tells(rows)
         assert (bound.num_rows, bound.num_bytes) == (2 * ROWS - 1, (2 * ROWS - 1) * 2 * LENGTH)
 
 
-def test_the_standard_error_is_that_of_repeated_measurements(rows):
+def test_the_standard_error_is_that_of_repeated_measurements(text):
     """Many figures from eight rows each scatter as the standard error of each says."""
-    (batch, _), (num_bytes, _) = rows
+    batch, num_bytes = text.without_prompts().rows[0], text.row_bytes[0]
     values, errors = [], []
     for start in range(0, ROWS, 8):
         part = jax.tree.map(lambda leaf, start=start: leaf[:, start : start + 8], batch)
-        bound = bits_per_byte(
-            Stub(), PARAMS, SCHEDULE, [part], [num_bytes[start : start + 8]], prompted=False, num_draws=8
-        )
+        rows = TextRows([part], [num_bytes[start : start + 8]])
+        bound = bits_per_byte(Stub(), PARAMS, SCHEDULE, rows, num_draws=8)
         values.append(bound.value)
         errors.append(bound.standard_error)
     assert 0.4 < np.std(values, ddof=1) / np.mean(errors) < 2.0
     assert all(map(math.isfinite, errors))
+
+
+def test_frequencies_alone_cost_the_entropy_of_even_tokens(text):
+    """Three bits for each of eight tokens as frequent as one another, which stands for two bytes."""
+    even = {"log_unigram": np.full(VOCAB, -math.log(VOCAB), np.float32)}
+    assert frequency_figure({"with prompt": text}, even) == {"frequencies": {"value": pytest.approx(1.5)}}

@@ -17,11 +17,13 @@ def test_cut_keeps_whole_words_and_what_stands_between():
     assert degenerate.cut(text, 11) == degenerate.cut(text, 99) == text
 
 
-def test_real_texts_are_cut_to_their_samples():
-    samples = ["two words", "three words - here", "some", "One two three"]
-    assert degenerate.cut_like(TEXTS, samples) == ["The cat", "Dogs bark; cats", "", "One."]
+def test_the_longer_of_two_texts_is_cut():
+    others = ["two words", "three words - here", "some", "One two three"]
+    texts, cut = degenerate.cut_alike(TEXTS, others)
+    assert texts == ["The cat", "Dogs bark; cats", "", "One."]
+    assert cut == ["two words", "three words - here", "", "One"]
     with pytest.raises(ValueError):
-        degenerate.cut_like(TEXTS, samples[:2])
+        degenerate.cut_alike(TEXTS, others[:2])
 
 
 def test_shuffled_words_are_the_same_words():

@@ -106,17 +106,6 @@ def test_figures_repeat_and_compile_once():
     assert held_out._features._cache_size() == 1
 
 
-def test_shuffling_keeps_the_words_the_end_and_the_padding():
-    batch = next(rows())
-    tokens, mask = batch.tokens[0], batch.padding_mask[0]
-    shuffled = np.take_along_axis(tokens, held_out.shuffled_order(mask, seed=0), axis=1)
-    assert (shuffled != tokens).any()
-    for before, after, real in zip(tokens, shuffled, mask, strict=True):
-        n = real.sum()
-        np.testing.assert_array_equal(after[n - 1 :], before[n - 1 :])
-        np.testing.assert_array_equal(np.sort(after[:n]), np.sort(before[:n]))
-
-
 def test_nearest_neighbour_distance():
     # More rows than one block holds; unit vectors at right angles, then with one of them there twice.
     class Table(nn.Module):

@@ -3,9 +3,10 @@ import math
 import pytest
 
 from sunfish_jax.data.examples import Example
+from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation import sample_quality
-from sunfish_jax.evaluation.sample_quality import REAL, SAMPLES, QualityJudge, format_table
+from sunfish_jax.evaluation.sample_quality import REAL, SAMPLES, QualityJudge, beginnings, format_table
 
 TRAIN = [
     Example("The dog is a domestic animal that barks at night.", ("Dog",), "animals"),
@@ -30,7 +31,7 @@ class LengthJudge:
 @pytest.fixture
 def judge(monkeypatch):
     monkeypatch.setattr(sample_quality.Judge, "load", LengthJudge)
-    return QualityJudge(TRAIN, ARTICLES, prompted=True)
+    return QualityJudge(TRAIN, ARTICLES, [article.text for article in ARTICLES])
 
 
 def test_every_set_of_texts_has_every_figure(judge):
@@ -49,9 +50,29 @@ def test_every_set_of_texts_has_every_figure(judge):
     assert table[SAMPLES]["perplexity"] == pytest.approx((19 + 38) / (6 + 9))
 
 
-def test_real_text_is_cut_to_the_samples_lengths(judge):
-    table = judge.table(["the fox", "Madrid is the capital"])
-    assert table[REAL]["mean_words"] == table[SAMPLES]["mean_words"] == 3.0
+def test_the_longer_of_a_sample_and_its_article_is_cut_and_whole_lengths_are_told(judge):
+    samples = ["the fox", "Madrid is the capital and largest city of Spain and has many parks"]
+    table = judge.table(samples)
+    assert table[REAL]["mean_words"] == table[SAMPLES]["mean_words"] == (2 + 9) / 2
+    assert table[REAL]["mean_words_whole"] == (10 + 9) / 2
+    assert table[SAMPLES]["mean_words_whole"] == (2 + 13) / 2
+    assert table["shuffled words"]["mean_words_whole"] == table["shuffled words"]["mean_words"] == (2 + 9) / 2
+    assert judge.beside_real(samples) == {name: table[name] for name in (SAMPLES, REAL)}
+
+
+def test_a_title_alone_is_told_by_its_length(judge):
+    """In everything else it is like real text as short as it."""
+    of_titles, of_real = judge.beside_real(["The fox", "Madrid is"]).values()
+    differ = {name for name in of_real if of_titles[name] < 0.7 * of_real[name]}
+    assert differ == {"mean_words_whole"}
+
+
+def test_real_text_has_as_many_tokens_as_a_sample():
+    tokenizer = train_tokenizer([example.text for example in TRAIN], 300)
+    (fox, madrid) = beginnings(ARTICLES, tokenizer, 9)
+    assert ARTICLES[0].text.startswith(fox) and ARTICLES[1].text.startswith(madrid)
+    assert len(tokenizer(fox)["input_ids"]) == 9
+    assert beginnings(ARTICLES, tokenizer, 999) == [article.text for article in ARTICLES]
 
 
 def test_without_prompts_and_without_the_outside_model(monkeypatch):
@@ -59,7 +80,8 @@ def test_without_prompts_and_without_the_outside_model(monkeypatch):
         raise UserError("it is not installed")
 
     monkeypatch.setattr(sample_quality.Judge, "load", missing)
-    judge = QualityJudge(TRAIN, ARTICLES, prompted=False)
+    untitled = [Example(article.text) for article in ARTICLES]
+    judge = QualityJudge(TRAIN, untitled, [article.text for article in untitled])
     assert judge.missing == "it is not installed"
     assert judge.among is None
     assert not {"perplexity", "topic_accuracy", "minilm_top_1"} & set(judge.figures(["a fox", "a city"]))

@@ -5,14 +5,15 @@ On real text: some hundred articles of the default corpus.
 
 import json
 
+import numpy as np
 import pytest
 
 from sunfish_jax.data.corpus import corpus_file
 from sunfish_jax.data.examples import Example
 from sunfish_jax.data.prompts import article_prompts
-from sunfish_jax.evaluation.adherence import AdherenceJudge
 from sunfish_jax.evaluation.degenerate import cut, degenerate_texts
-from sunfish_jax.evaluation.text_statistics import NgramIndex, text_statistics
+from sunfish_jax.evaluation.sample_quality import QualityJudge
+from sunfish_jax.evaluation.text_statistics import words
 
 NUM_ARTICLES, HELD_OUT_EVERY, NUM_WORDS = 1000, 25, 25
 
@@ -27,7 +28,9 @@ TOO_LOW = {
     "tfidf_top_1": 0.5,
     "tfidf_top_10": 0.7,
     "topic_accuracy": 0.7,
+    "mean_words_whole": 0.7,
 }
+TOO_PERPLEXING = 3.0
 TOO_MUCH_COPIED = 0.5
 VARIETY = {"entropy", "entropy_within_text", "distinct_2"}
 ADHERENCE = {name for name in TOO_LOW if "top" in name}  # Top 1, top 10 and the topic.
@@ -54,29 +57,26 @@ def held_out(examples):
 
 
 @pytest.fixture(scope="module")
-def table(train, held_out):
-    """The figures of a set of texts, by name."""
-    judge = AdherenceJudge(train, held_out)
-    index = NgramIndex(example.text for example in train)
-    return lambda texts: text_statistics(texts, index) | judge(texts).own
-
-
-@pytest.fixture(scope="module")
 def real(held_out):
     return [cut(example.text, NUM_WORDS) for example in held_out]
 
 
 @pytest.fixture(scope="module")
-def flaws(table, real):
+def beside_real(train, held_out, real):
+    """The figures of a set of texts and of real text beside them, by name."""
+    pytest.importorskip("gguf", reason="the extra `judge` is not installed")
+    return QualityJudge(train, held_out, real).beside_real
+
+
+@pytest.fixture(scope="module")
+def flaws(beside_real):
     """The figures on which a set of texts is clearly worse than real text."""
-    of_real = table(real)
 
     def find(texts):
-        figures = table(texts)
+        figures, of_real = beside_real(texts).values()
         flaws = {name for name, share in TOO_LOW.items() if figures[name] < share * of_real[name]}
-        return flaws | {
-            name for name in ("overlap_4", "overlap_8") if figures[name] > of_real[name] + TOO_MUCH_COPIED
-        }
+        flaws |= {name for name in ("overlap_4", "overlap_8") if figures[name] > of_real[name] + TOO_MUCH_COPIED}
+        return flaws | ({"perplexity"} if figures["perplexity"] > TOO_PERPLEXING * of_real["perplexity"] else set())
 
     return find
 
@@ -90,15 +90,22 @@ def test_more_of_the_real_text_has_no_flaw(flaws, held_out):
     assert flaws([cut(example.text, NUM_WORDS + 10) for example in held_out]) == set()
 
 
+def test_words_of_other_real_texts_are_perplexing_and_about_nothing(flaws, held_out):
+    rng = np.random.default_rng(0)
+    everything = [word for example in held_out for word in words(example.text)]
+    found = flaws([" ".join(rng.choice(everything, NUM_WORDS)) for _ in held_out])
+    assert found >= {"perplexity", "overlap_2", "tfidf_top_1", "minilm_top_1", "topic_accuracy"}
+
+
 def test_shuffled_words_are_only_found_by_their_order(flaws, degenerate):
-    # The outside judge of fluency is what this is for; without it, word pairs alone tell.
-    assert flaws(degenerate["shuffled words"]) == {"overlap_2"}
+    assert flaws(degenerate["shuffled words"]) == {"overlap_2", "perplexity"}
 
 
 def test_one_word_repeated_has_no_variety(flaws, degenerate):
     found = flaws(degenerate["one word repeated"])
     assert found > VARIETY | {"overlap_2"}
     assert found & ADHERENCE
+    assert "perplexity" not in found, "what it fools"
 
 
 def test_the_prompt_repeated_has_no_variety_either(flaws, held_out):
@@ -117,8 +124,13 @@ def test_one_good_text_for_every_prompt_lacks_variety_over_all(flaws, real):
     assert "entropy_within_text" not in found
 
 
-def test_nothing_at_all_is_not_adherent(table, held_out):
-    figures = table([""] * len(held_out))
-    assert figures["mean_words"] == figures["entropy"] == 0
+def test_the_title_alone_is_too_short(flaws, held_out):
+    """As good as real text of its length, or nearly; real text is longer."""
+    assert "mean_words_whole" in flaws([example.prompts[0] for example in held_out])
+
+
+def test_nothing_at_all_is_not_adherent(beside_real, held_out):
+    figures, _ = beside_real([""] * len(held_out)).values()
+    assert figures["mean_words"] == figures["mean_words_whole"] == figures["entropy"] == 0
     assert figures["tfidf_top_1"] == pytest.approx(1 / len(held_out))
     assert figures["minilm_top_1"] < 0.1

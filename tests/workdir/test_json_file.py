@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import pytest
@@ -11,6 +12,11 @@ def test_what_is_written_is_read_back(tmp_path):
         write_json(tmp_path / "file.json", value)
         assert json.loads((tmp_path / "file.json").read_text()) == value
     assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_what_is_not_a_number_is_null(tmp_path):
+    write_json(tmp_path / "file.json", {"a": {"b": math.nan, "c": (1.0, math.nan)}})
+    assert json.loads((tmp_path / "file.json").read_text()) == {"a": {"b": None, "c": [1.0, None]}}
 
 
 def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
