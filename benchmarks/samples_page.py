@@ -1,6 +1,8 @@
 """Lays samples out as a page: JSONL files of `main.py --mode=sample --output=FILE`, in the order given.
 
 uv run benchmarks/samples_page.py samples_1000.jsonl samples_4900.jsonl > docs/mini_samples.md
+
+ar_twin.py writes such files too.
 """
 
 import json
@@ -27,7 +29,7 @@ def main(paths: list[str]) -> None:
         samples = [json.loads(line) for line in lines if line]
         first = samples[0]
         print(
-            f"## Step {first['checkpoint_step']}\n\n"
+            f"## {Path(first['workdir']).name}, step {first['checkpoint_step']}\n\n"
             f"{first['scheduler']}, {first['num_steps']} steps, guidance {first['guidance_scale']}, "
             f"temperature {first['temperature']}, at most {first['seq_len']} tokens, seed {first['seed']}\n"
         )
