@@ -25,7 +25,7 @@ def benchmark(name: str, *arguments: str, folder: Path) -> subprocess.CompletedP
         ("memory", ["--config:", "--devices:"]),
         ("held_out_curve", ["--workdir:", "--output:"]),
         ("growth", ["--config:", "--output:", "--repeats:"]),
-        ("frontier", ["--workdir:", "--temperature:", "--scheduler:", "--texts:"]),
+        ("frontier", ["--workdir:", "--temperature:", "--scheduler:", "--beside:"]),
         ("samples_page", ["JSONL"]),
     ],
 )
