@@ -1,4 +1,4 @@
-"""Training the twin for a given time: the denoiser's data and optimiser; the best by held-out loss is kept."""
+"""Training the twin within a budget: the denoiser's data and optimiser; the best by held-out loss is kept."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ar_budget import Budget, annealing
 from ar_likelihood import score
 from ar_model import CausalTransformer, count_parameters, init_twin, make_twin
 from jax.sharding import Mesh, NamedSharding
@@ -195,25 +196,20 @@ def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> 
     return TrainStep.sharded(batch_gradients, update, mesh, shardings, gradient_shardings)
 
 
-def annealing(share: float) -> float:
-    """What the learning rate is multiplied with when `share` of the time is over: a cosine from 1 to 0."""
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
-
-
-def train(config: ConfigDict, workdir: Path, *, minutes: float, eval_every: int) -> bool:
-    """Trains for `minutes` of training steps, from where the run in `workdir` stopped if there is one.
+def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int) -> bool:
+    """Trains until the budget is spent, from where the run in `workdir` stopped if there is one.
 
     Compiling, evaluating and saving do not count, as they do not for the denoiser. The learning rate falls to
-    zero with the time. SIGINT and SIGTERM end it after the running step, saved.
+    zero with what is left. SIGINT and SIGTERM end it after the running step, saved.
 
     Args:
       config: the whole configuration, validated.
       workdir: the run's folder.
-      minutes: of all sittings together.
+      budget: of all sittings together.
       eval_every: steps between two evaluations.
 
     Returns:
-      Whether the time is over, rather than a stop asked for.
+      Whether the budget is spent, rather than a stop asked for.
 
     Raises:
       UserError: something that was given cannot be used, or the loss is not finite.
@@ -259,7 +255,7 @@ def train(config: ConfigDict, workdir: Path, *, minutes: float, eval_every: int)
         writer = make_writer(config, workdir, first_step)
         stack.callback(writer.close)
         loop = TwinLoop(
-            limit=60.0 * minutes,
+            budget=budget,
             eval_every=eval_every,
             every_steps=config.logging.every_steps,
             workdir=workdir,
@@ -271,7 +267,7 @@ def train(config: ConfigDict, workdir: Path, *, minutes: float, eval_every: int)
         )
         batches = batch_iterator(prepared.training_batches(config), first_step)
         loop.run(state, CompiledStep(make_twin_step(config, model, mesh)), batches)
-        return loop.time_is_over
+        return loop.finished
 
 
 def _has_checkpoint(workdir: Path) -> bool:
@@ -300,10 +296,10 @@ def make_evaluate(
 
 @dataclasses.dataclass
 class TwinLoop:
-    """Steps until the time is over, and evaluations between them.
+    """Steps until the budget is spent, and evaluations between them.
 
     Attributes:
-      limit: seconds of training steps, over all sittings.
+      budget: over all sittings.
       eval_every: steps between two evaluations; each is saved.
       every_steps: steps between two lines, if that takes no longer than half a minute.
       workdir: the run's folder.
@@ -314,7 +310,7 @@ class TwinLoop:
       progress: the steps done.
     """
 
-    limit: float
+    budget: Budget
     eval_every: int
     every_steps: int
     workdir: Path
@@ -329,37 +325,37 @@ class TwinLoop:
         self._last_line = -math.inf
 
     @property
-    def time_is_over(self) -> bool:
-        """Whether the steps took all the time there is."""
-        return self.progress.seconds >= self.limit
+    def finished(self) -> bool:
+        """Whether the budget is spent."""
+        return self.budget.spent(self.progress) >= 1.0
 
     def run(self, state: TwinState, step: CompiledStep, batches: Iterator[Batch]) -> TwinState:
-        """Trains until the time is over, or until a stop is asked for; either way the state is saved.
+        """Trains until the budget is spent, or until a stop is asked for; either way the state is saved.
 
         Raises:
           UserError: the loss is not finite. Nothing is saved then.
         """
         progress = self.progress
         evaluated = True
-        while not self.time_is_over and not self.stop:
+        while not self.finished and not self.stop:
             began = time.monotonic()
             batch = next(batches)
             compiling = step.compile(state, batch)
-            # By the time of the steps before: the first is at the full rate, the last near zero.
-            state = state.replace(annealing=_like(state.annealing, annealing(progress.seconds / self.limit)))
+            # By what the steps before spent: the first is at the full rate, the last near zero.
+            state = state.replace(annealing=_like(state.annealing, annealing(self.budget.spent(progress))))
             state, metrics = step(state, batch)
             progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
             self._report(metrics)
             evaluated = progress.step % self.eval_every == 0 and not self.stop
             if evaluated:
                 self._evaluate_and_save(state)
-        if self.time_is_over and not evaluated:
+        if self.finished and not evaluated:
             self._evaluate_and_save(state)
-        elif not self.time_is_over:
+        elif not self.finished:
             self._save(state, None)
             print(
-                f"stopped at step {progress.step} after {format_seconds(progress.seconds)} of "
-                f"{format_seconds(self.limit)}, saved in {self.workdir}: run the same command again to go on",
+                f"stopped at step {progress.step}, {self.budget.spent(progress):.0%} of the way, saved in "
+                f"{self.workdir}: run the same command again to go on",
                 flush=True,
             )
         return state
@@ -373,11 +369,11 @@ class TwinLoop:
             )
         self._losses.append(metrics["loss"])
         now = time.monotonic()
-        due = progress.step % self.every_steps == 0 or self.time_is_over
+        due = progress.step % self.every_steps == 0 or self.finished
         if not due and now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         loss, speed = sum(self._losses) / len(self._losses), progress.tokens_per_second()
-        left = format_seconds(max(0.0, self.limit - progress.seconds))
+        left = format_seconds(self.budget.seconds_left(progress))
         print(f"step {progress.step}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left", flush=True)
         scalars = {
             "train/loss": loss,

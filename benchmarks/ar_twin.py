@@ -6,8 +6,9 @@ The twin has the denoiser's layers made causal, as many parameters, and the same
 optimiser. It will overfit a small corpus sooner: what is evaluated is the best checkpoint by held-out loss, and
 --dropout and --minutes are to be tuned, since a shorter run that ends at a low learning rate may beat the middle of
 a longer one. The time is that of training steps; compiling, evaluating and saving are left out, as they are in the
-denoiser's progress line. Ctrl-C saves and stops, and the same command goes on. Once the time is over, the command
-evaluates and samples anew: give other prompts, seeds or temperatures.
+denoiser's progress line. To tune on a machine whose speed drifts, give the others the --num_steps that the first
+took. Ctrl-C saves and stops, and the same command goes on. Once all is spent, the command evaluates and samples
+anew: give other prompts, seeds or temperatures.
 
 In the workdir: eval.json (the figures of main.py --mode=eval, the likelihood exact), checkpoints, logs for
 TensorBoard.
@@ -17,6 +18,7 @@ import math
 from pathlib import Path
 
 from absl import app, flags
+from ar_budget import Budget
 from command_line import FLAGS, check_config, fail, parser
 from ml_collections import config_flags
 
@@ -27,6 +29,7 @@ from sunfish_jax.startup import end_on_interrupt, prepare_process
 config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.KEY=VALUE overrides")
 flags.DEFINE_string("workdir", "workdir_ar", "Folder that holds all of the twin's run")
 flags.DEFINE_float("minutes", 30.0, "Training steps take this long, over all sittings")
+flags.DEFINE_integer("num_steps", None, "In place of --minutes: training steps, over all sittings", lower_bound=1)
 flags.DEFINE_float("dropout", None, "In place of config.model.dropout")
 flags.DEFINE_integer("eval_every", 200, "Steps between two held-out evaluations, of which the best is kept")
 flags.DEFINE_string("split", "validation", "Text of the last evaluation: validation or test")
@@ -47,6 +50,8 @@ def check() -> None:
     check_config()
     if not 0 < FLAGS.minutes < math.inf:
         raise UserError(f"--minutes={FLAGS.minutes}: give a number above 0")
+    if FLAGS["minutes"].present and FLAGS.num_steps is not None:
+        raise UserError(f"--minutes={FLAGS.minutes} --num_steps={FLAGS.num_steps}: give one of them")
     if FLAGS.eval_every < 1:
         raise UserError(f"--eval_every={FLAGS.eval_every}: give a whole number of at least 1")
     if not 0 <= FLAGS.temperature < math.inf:
@@ -54,6 +59,11 @@ def check() -> None:
     if FLAGS.split not in ("validation", "test"):
         raise UserError(f"--split={FLAGS.split}: give validation or test")
     sample_options().check_length(FLAGS.config.model.block_size)
+
+
+def budget() -> Budget:
+    """How long to train, from the flags."""
+    return Budget(seconds=60.0 * FLAGS.minutes) if FLAGS.num_steps is None else Budget(num_steps=FLAGS.num_steps)
 
 
 def sample_options() -> SampleOptions:
@@ -77,7 +87,7 @@ def main(argv: list[str]) -> None:
         import ar_evaluation
         import ar_training
 
-        finished = ar_training.train(FLAGS.config, workdir, minutes=FLAGS.minutes, eval_every=FLAGS.eval_every)
+        finished = ar_training.train(FLAGS.config, workdir, budget=budget(), eval_every=FLAGS.eval_every)
         if finished:
             ar_evaluation.run(workdir, FLAGS.split, FLAGS.eval_samples, sample_options(), FLAGS.temperature)
     except UserError as error:

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ar_budget import Budget, annealing
 from ar_evaluation import text_keys
 from ar_generation import draw, empty_cache, generate, next_logits
 from ar_likelihood import score
 from ar_model import count_parameters, init_twin, make_twin
-from ar_training import TwinLoop, annealing, create_twin_state, make_twin_step
+from ar_training import TwinLoop, create_twin_state, make_twin_step
 from encoders import FrozenEncoder
 
 from configs import micro, mini, nano, tiny
@@ -537,7 +538,7 @@ class Stop:
         return self.asked
 
 
-def run_loop(workdir, monkeypatch, *, limit, losses=None, after=None, stop=None, first_step=0):
+def run_loop(workdir, monkeypatch, *, budget, losses=None, after=None, stop=None, first_step=0):
     """Runs the loop on a clock of its own; returns the step function and the evaluated steps."""
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr("ar_training.time", types.SimpleNamespace(monotonic=lambda: clock.now))
@@ -556,7 +557,7 @@ def run_loop(workdir, monkeypatch, *, limit, losses=None, after=None, stop=None,
     batch = types.SimpleNamespace(tokens=np.zeros((1, 1, 8)), padding_mask=np.ones((1, 1, 5), bool))
     with Checkpoints(workdir, _KEPT) as checkpoints:
         loop = TwinLoop(
-            limit=limit,
+            budget=budget,
             eval_every=4,
             every_steps=5,
             workdir=workdir,
@@ -572,9 +573,9 @@ def run_loop(workdir, monkeypatch, *, limit, losses=None, after=None, stop=None,
 
 def test_it_stops_at_the_time_limit_and_keeps_the_best(tmp_path, monkeypatch):
     losses = {4: 3.0, 8: 2.0, 12: 2.5, 13: 2.75}
-    loop, step, evaluated, steps, best = run_loop(tmp_path, monkeypatch, limit=6.4, losses=losses)
+    loop, step, evaluated, steps, best = run_loop(tmp_path, monkeypatch, budget=Budget(seconds=6.4), losses=losses)
     # 13 steps of half a second: compiling and evaluating do not count.
-    assert loop.time_is_over
+    assert loop.finished
     assert loop.progress.step == 13
     assert evaluated == [4, 8, 12, 13]
     assert (steps, best) == ([8, 13], 8)
@@ -586,19 +587,46 @@ def test_it_stops_at_the_time_limit_and_keeps_the_best(tmp_path, monkeypatch):
 
 def test_a_stop_saves_and_the_next_sitting_takes_the_time_that_is_left(tmp_path, monkeypatch):
     stop = Stop()
-    loop, _, evaluated, steps, _ = run_loop(tmp_path, monkeypatch, limit=6.4, after={6: stop.ask}, stop=stop)
-    assert not loop.time_is_over
+    budget = Budget(seconds=6.4)
+    loop, _, evaluated, steps, _ = run_loop(tmp_path, monkeypatch, budget=budget, after={6: stop.ask}, stop=stop)
+    assert not loop.finished
     assert (evaluated, steps) == ([4], [4, 6])
     losses = {8: 1.0, 12: 2.0, 13: 1.5}
-    loop, step, evaluated, steps, best = run_loop(tmp_path, monkeypatch, limit=6.4, losses=losses, first_step=6)
-    assert loop.time_is_over
+    loop, step, evaluated, steps, best = run_loop(tmp_path, monkeypatch, budget=budget, losses=losses, first_step=6)
+    assert loop.finished
     assert loop.progress.step == 13
     assert (evaluated, steps, best) == ([8, 12, 13], [8, 13], 8)
     assert step.annealings[0] == pytest.approx(annealing(3.0 / 6.4))
 
 
+def test_a_run_of_some_steps_takes_them_whatever_the_time(tmp_path, monkeypatch):
+    stop, budget = Stop(), Budget(num_steps=10)
+    loop, _, _, steps, _ = run_loop(tmp_path, monkeypatch, budget=budget, after={6: stop.ask}, stop=stop)
+    assert (loop.finished, steps) == (False, [4, 6])
+    loop, step, evaluated, steps, _ = run_loop(tmp_path, monkeypatch, budget=budget, first_step=6)
+    assert loop.finished
+    assert (loop.progress.step, evaluated) == (10, [8, 10])
+    assert step.annealings == pytest.approx([annealing(i / 10) for i in range(6, 10)])
+
+
+def test_a_stop_before_the_first_step_is_saved_too(tmp_path, monkeypatch, capsys):
+    stop = Stop()
+    stop.ask()
+    for budget in (Budget(seconds=6.4), Budget(num_steps=10)):
+        _, _, _, steps, _ = run_loop(tmp_path, monkeypatch, budget=budget, stop=stop)
+        assert steps == [0]
+        assert "stopped at step 0, 0% of the way" in capsys.readouterr().out
+
+
+def test_the_time_left_is_that_of_the_steps_left():
+    progress = Progress(0, step=3, seconds=12.0)
+    assert Budget(num_steps=10).seconds_left(progress) == pytest.approx(7 * 4.0)
+    assert Budget(seconds=30.0).seconds_left(progress) == pytest.approx(18.0)
+    assert Budget(seconds=11.0).seconds_left(progress) == 0.0
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    loop = TwinLoop(1.0, 4, 5, tmp_path, None, None, Stop(), None, Progress(0, step=3))
+    loop = TwinLoop(Budget(num_steps=4), 4, 5, tmp_path, None, None, Stop(), None, Progress(0, step=3))
     with pytest.raises(UserError, match=r"not finite at step 3 \(loss=nan\)"):
         loop._report({"loss": math.nan, "grad_norm": 1.0})
 
@@ -628,6 +656,8 @@ NANO = f"--config={ROOT}/configs/nano.py"
         ([], "--config is missing"),
         ([NANO, "--minutes=0"], "--minutes=0.0: give a number above 0"),
         ([NANO, "--minutes=soon"], "minutes"),
+        ([NANO, "--num_steps=0"], "num_steps"),
+        ([NANO, "--minutes=3", "--num_steps=5"], "--minutes=3.0 --num_steps=5: give one of them"),
         ([NANO, "--dropout=1.5"], "config.model.dropout=1.5"),
         ([NANO, "--split=train"], "--split=train: give validation or test"),
         ([NANO, "--temperature=-1"], "--temperature=-1.0"),
