@@ -19,13 +19,13 @@ from sunfish_jax.evaluation.bound import frequency_figure, likelihood_line
 from sunfish_jax.evaluation.infill_accuracy import infill_accuracy, infill_table
 from sunfish_jax.evaluation.report import Report
 from sunfish_jax.evaluation.sample_quality import (
-    SAMPLE_LENGTH,
     SAMPLES_FILE,
     QualityJudge,
     articles_to_write,
     beginnings,
     judge_samples,
     prompts_of,
+    sample_length,
 )
 from sunfish_jax.evaluation.text_rows import TextRows, likelihood_texts
 from sunfish_jax.generation.generator import sample_keys, take_rows, text_keys
@@ -81,7 +81,7 @@ def evaluate(twin: Twin, split: str, num_samples: int, temperature: float) -> di
     with report.section("held-out cross-entropy") as result:
         rows = TextRows.of(splits[split], config.eval.num_rows, config, twin.prompt_encoder)
         held_out = score(twin.model, twin.params, rows)
-        result["nats_per_token"] = held_out.nats_per_token
+        result["held_out"] = {"nats_per_token": held_out.nats_per_token}
         print(f"{held_out.nats_per_token:.4f} nats a token ({len(held_out.nats)} rows)", flush=True)
     scored = likelihood_texts(splits, split, config, twin.prompt_encoder)
     with report.section("gaps") as result:
@@ -103,7 +103,7 @@ def likelihood_figures(twin: Twin, texts: Mapping[str, TextRows]) -> dict[str, d
         exact = score(twin.model, twin.params, text).bits_per_byte()
         print(likelihood_line(name, exact, "exact"), flush=True)
         result[name.replace(" ", "_")] = dataclasses.asdict(exact)
-    return result | frequency_figure(texts, twin.params)
+    return result | {"frequencies": frequency_figure(texts, twin.params)}
 
 
 def infill_figures(twin: Twin, rows: Sequence[Batch]) -> dict[str, dict]:
@@ -124,7 +124,7 @@ def write_texts(twin: Twin, prompts: Sequence[str | None], temperature: float) -
         twin.params,
         encode_prompts(twin.prompt_encoder, prompts),
         sample_keys(0, np.arange(len(prompts))),
-        min(twin.config.model.block_size, SAMPLE_LENGTH),
+        sample_length(twin.config.model.block_size),
         temperature=temperature,
     )
     return [decode(row, twin.prepared.tokenizer) for row in tokens]
@@ -138,7 +138,7 @@ def sample_figures(twin: Twin, split: str, num_samples: int, temperature: float)
     articles = articles_to_write(held_out, prepared.splits[split], prepared.tokenizer, num_samples)
     print(f"autoregressive, temperature {temperature:g}", flush=True)
     texts = write_texts(twin, prompts_of(articles), temperature)
-    length = min(twin.config.model.block_size, SAMPLE_LENGTH)
+    length = sample_length(twin.config.model.block_size)
     judge = QualityJudge(list(source.examples("train")), articles, beginnings(articles, prepared.tokenizer, length))
     return judge_samples(judge, texts, articles, twin.workdir / SAMPLES_FILE)
 

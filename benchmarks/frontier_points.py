@@ -12,7 +12,7 @@ from ar_training import TWIN_FILE, open_twin
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.adherence import prompted_articles
 from sunfish_jax.evaluation.run import source_of
-from sunfish_jax.evaluation.sample_quality import REAL, SAMPLE_LENGTH, SAMPLES, QualityJudge, beginnings
+from sunfish_jax.evaluation.sample_quality import REAL, SAMPLES, QualityJudge, beginnings, sample_length
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.generation.sample import sample_texts
@@ -71,7 +71,7 @@ def measure(
     articles = prompted_articles(list(source.examples("validation")), num_samples)
     if not articles:
         raise UserError(f"--workdir={workdir}: its corpus has no validation prompts to write for")
-    length = min(run.config.model.block_size, SAMPLE_LENGTH)
+    length = sample_length(run.config.model.block_size)
     judge = QualityJudge(list(source.examples("train")), articles, beginnings(articles, run.tokenizer, length))
     if judge.missing:
         raise UserError(judge.missing)
@@ -109,7 +109,7 @@ def write_texts(run: Run, prompts: Sequence[str], settings: Settings) -> list[st
         run.schedule,
         run.tokenizer,
         encode_prompts(run.prompt_encoder, prompts),
-        seq_len=min(run.config.model.block_size, SAMPLE_LENGTH),
+        seq_len=sample_length(run.config.model.block_size),
         settings=settings,
         counter=StepCounter.on_terminal(),
     )

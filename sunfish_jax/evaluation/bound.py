@@ -83,11 +83,11 @@ def likelihood_line(name: str, figure: BitsPerByte, detail: str) -> str:
     )
 
 
-def frequency_figure(texts: Mapping[str, TextRows], params: Mapping) -> dict[str, dict[str, float]]:
-    """Prints and returns, as a member of the figures, what a model of the tokens' frequencies would reach."""
+def frequency_figure(texts: Mapping[str, TextRows], params: Mapping) -> dict[str, float]:
+    """Prints and returns what a model of the tokens' frequencies alone would reach on `likelihood_texts`."""
     value = texts["with prompt"].bits_per_byte_by_frequency(np.asarray(params["log_unigram"]))
     print(f"by the tokens' frequencies alone: {value:.3f} bits per byte", flush=True)
-    return {"frequencies": {"value": value}}
+    return {"value": value}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7))

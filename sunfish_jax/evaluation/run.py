@@ -19,13 +19,13 @@ from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neig
 from sunfish_jax.evaluation.infill_accuracy import infill_accuracy, infill_table
 from sunfish_jax.evaluation.report import Report
 from sunfish_jax.evaluation.sample_quality import (
-    SAMPLE_LENGTH,
     SAMPLES_FILE,
     QualityJudge,
     articles_to_write,
     beginnings,
     judge_samples,
     prompts_of,
+    sample_length,
 )
 from sunfish_jax.evaluation.text_rows import REFERENCES, TextRows, likelihood_texts
 from sunfish_jax.generation.gaps import ANY, PADDING, allowed_tokens
@@ -134,14 +134,14 @@ def bound_figures(run: Run, texts: Mapping[str, TextRows]) -> dict[str, dict]:
         parts = ", ".join(f"{term} {value:.3f}" for term, value in bound.terms.items())
         print(likelihood_line(name, bound, parts), flush=True)
         result[name.replace(" ", "_")] = dataclasses.asdict(bound)
-    return result | frequency_figure(texts, run.params)
+    return result | {"frequencies": frequency_figure(texts, run.params)}
 
 
 def sample_figures(
     run: Run, source: Source, articles: Sequence[Example], settings: Settings
 ) -> dict[str, dict[str, float]]:
     """Samples a text for each of some held-out articles, and prints and returns their quality."""
-    length = min(run.config.model.block_size, SAMPLE_LENGTH)
+    length = sample_length(run.config.model.block_size)
     samples = sample_texts(
         run.model,
         run.params,

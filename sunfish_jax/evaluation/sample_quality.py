@@ -20,8 +20,8 @@ from sunfish_jax.evaluation.text_statistics import NgramIndex, mean_length, text
 from sunfish_jax.generation.output import decode, jsonl_writer
 
 SAMPLES_FILE = "eval_samples.jsonl"
-# Samples may have this length or the block's, in tokens: about what an article of the default corpus has.
-SAMPLE_LENGTH = 128
+# Tokens of a sample where the block holds more: about what an article of the default corpus has.
+_MOST_TOKENS = 128
 # The columns of the table, in order; the degenerate texts follow.
 SAMPLES, REAL = "samples", "real text"
 _OVERLAPS = (2, 4, 8)
@@ -109,6 +109,11 @@ class QualityJudge:
             table[name] = self.figures(texts)
             table[name]["mean_words_whole"] = mean_length([words(text) for text in whole.get(name, texts)])
         return table
+
+
+def sample_length(block_size: int) -> int:
+    """The tokens that a sample to be judged may have."""
+    return min(block_size, _MOST_TOKENS)
 
 
 def beginnings(articles: Sequence[Example], tokenizer, length: int) -> list[str]:

@@ -706,6 +706,7 @@ def test_one_command_trains_evaluates_and_samples(tmp_path, animals):
     result = json.loads((tmp_path / "run/eval.json").read_text())
     assert result["dropout"] == 0.05
     assert result["training_seconds"] <= 3.0 + 2.0
+    assert 0 < result["held_out"]["nats_per_token"] < 12
     assert 0 < result["bits_per_byte"]["with_prompt"]["value"] < 8
     assert 0 <= result["infill_accuracy"]["1"]["true"] <= 1
     assert {"samples", "real text"} <= result["samples"].keys()

@@ -83,4 +83,4 @@ def test_the_standard_error_is_that_of_repeated_measurements(text):
 def test_frequencies_alone_cost_the_entropy_of_even_tokens(text):
     """Three bits for each of eight tokens as frequent as one another, which stands for two bytes."""
     even = {"log_unigram": np.full(VOCAB, -math.log(VOCAB), np.float32)}
-    assert frequency_figure({"with prompt": text}, even) == {"frequencies": {"value": pytest.approx(1.5)}}
+    assert frequency_figure({"with prompt": text}, even) == {"value": pytest.approx(1.5)}
