@@ -272,6 +272,7 @@ class Loop:
         """Does something whose first time is mostly compiling, and leaves that one out of the time left."""
         began = time.monotonic()
         result = action()
+        give_back_freed_memory()
         if name not in self._done_once:
             self._done_once.add(name)
             self.progress.add_compiling(time.monotonic() - began)
