@@ -29,6 +29,10 @@ class Budget:
         return max(0.0, progress.seconds / self.spent(progress) - progress.seconds)
 
 
-def annealing(spent: float) -> float:
-    """What the learning rate is multiplied with when a share of the budget is spent: a cosine from 1 to 0."""
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, spent)))
+def learning_rate_share(spent: float, step: int, warmup_steps: int) -> float:
+    """The share of the full learning rate for the step after `step` steps, when a share of the budget is spent.
+
+    A cosine from 1 to 0, times a linear warm-up of `warmup_steps` or half the budget, whichever is shorter.
+    """
+    warmup = min(1.0, max(step / max(1, warmup_steps), 2.0 * spent))
+    return 0.5 * warmup * (1.0 + math.cos(math.pi * min(1.0, spent)))

@@ -8,31 +8,21 @@ import jax
 import numpy as np
 from ar_generation import generate
 from ar_likelihood import score
-from ar_model import count_parameters
 from ar_training import Twin, open_twin
+from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
 from sunfish_jax.data.sources import open_source
 from sunfish_jax.diffusion.samplers import Known
-from sunfish_jax.errors import UserError
-from sunfish_jax.evaluation.bound import frequency_figure, likelihood_line
-from sunfish_jax.evaluation.infill_accuracy import infill_accuracy, infill_table
-from sunfish_jax.evaluation.report import Report
-from sunfish_jax.evaluation.sample_quality import (
-    SAMPLES_FILE,
-    QualityJudge,
-    articles_to_write,
-    beginnings,
-    judge_samples,
-    prompts_of,
-    sample_length,
-)
-from sunfish_jax.evaluation.text_rows import TextRows, likelihood_texts
+from sunfish_jax.evaluation.bound import BitsPerByte
+from sunfish_jax.evaluation.evaluate import evaluate
+from sunfish_jax.evaluation.sample_quality import sample_length
+from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.generation.generator import sample_keys, take_rows, text_keys
 from sunfish_jax.generation.options import SampleOptions
 from sunfish_jax.generation.output import decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.models.prompt_encoder import encode_prompts
+from sunfish_jax.models.prompt_encoder import PromptEncoder, encode_prompts
+from sunfish_jax.training.progress import Progress
 from sunfish_jax.workdir.run import DATA_FOLDER
 
 
@@ -52,95 +42,76 @@ class TwinSettings:
     scheduler: str = "autoregressive"
 
 
-def evaluate(twin: Twin, split: str, num_samples: int, temperature: float) -> dict:
-    """Prints the figures of `main.py --mode=eval`, and writes `eval.json` and TensorBoard's files in the workdir.
+@dataclasses.dataclass(frozen=True)
+class TwinSubject:
+    """The twin, as the `Subject` of an evaluation.
 
-    Args:
+    Attributes:
       twin: as `open_twin` gives it.
-      split: `validation` or `test`.
-      num_samples: texts to sample and judge, as `main.py --mode=eval` does; 0 for none.
-      temperature: of those texts.
-
-    Returns:
-      What is written.
-
-    Raises:
-      UserError: the split is empty.
+      temperature: of what it writes.
     """
-    config, splits = twin.config, twin.prepared.splits
-    if not splits[split].num_rows:
-        raise UserError(f"--split={split}: the corpus has no {split} text; give the other one")
-    report = Report(twin.workdir, split, twin.step)
-    report.result |= {
-        "parameters": count_parameters(twin.model),
-        "dropout": config.model.dropout,
-        "training_seconds": twin.progress.seconds,
-        "training_tokens": twin.progress.real_tokens,
-    }
-    print(f"step {twin.step}, {split} text", flush=True)
-    with report.section("held-out cross-entropy") as result:
-        rows = TextRows.of(splits[split], config.eval.num_rows, config, twin.prompt_encoder)
-        held_out = score(twin.model, twin.params, rows)
-        result["held_out"] = {"nats_per_token": held_out.nats_per_token}
-        print(f"{held_out.nats_per_token:.4f} nats a token ({len(held_out.nats)} rows)", flush=True)
-    scored = likelihood_texts(splits, split, config, twin.prompt_encoder)
-    with report.section("gaps") as result:
-        result["infill_accuracy"] = infill_figures(twin, scored["with prompt"].rows)
-    with report.section("likelihood, exact") as result:
-        result["bits_per_byte"] = likelihood_figures(twin, scored)
-    if num_samples:
-        with report.section("samples") as result:
-            result["sampling"] = {"scheduler": "autoregressive", "temperature": temperature}
-            result["samples"] = sample_figures(twin, split, num_samples, temperature)
-    report.log()
-    return report.result
 
+    twin: Twin
+    temperature: float
+    likelihood_name = "likelihood, exact"
+    filling = "the likeliest tokens, from the left alone"
 
-def likelihood_figures(twin: Twin, texts: Mapping[str, TextRows]) -> dict[str, dict]:
-    """Prints and returns the exact likelihood of each of `likelihood_texts`."""
-    result = {}
-    for name, text in texts.items():
-        exact = score(twin.model, twin.params, text).bits_per_byte()
-        print(likelihood_line(name, exact, "exact"), flush=True)
-        result[name.replace(" ", "_")] = dataclasses.asdict(exact)
-    return result | {"frequencies": frequency_figure(texts, twin.params)}
+    @property
+    def workdir(self) -> Path:
+        return self.twin.workdir
 
+    @property
+    def config(self) -> ConfigDict:
+        return self.twin.config
 
-def infill_figures(twin: Twin, rows: Sequence[Batch]) -> dict[str, dict]:
-    """Prints and returns how often gaps of each size are filled right: likeliest tokens, from the left alone."""
+    @property
+    def tokenizer(self):
+        return self.twin.prepared.tokenizer
 
-    def fill(known: Known, prompt: Prompt, keys: jax.Array) -> np.ndarray:
-        return generate(twin.model, twin.params, prompt, keys, known.tokens.shape[1], temperature=0, known=known)
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        return self.twin.prompt_encoder
 
-    accuracies = infill_accuracy(fill, rows, most_frequent=int(np.argmax(twin.params["log_unigram"])))
-    print(infill_table(accuracies), flush=True)
-    return {str(size): dataclasses.asdict(accuracy) for size, accuracy in accuracies.items()}
+    @property
+    def params(self) -> Mapping:
+        return self.twin.params
 
+    @property
+    def progress(self) -> Progress:
+        return self.twin.progress
 
-def write_texts(twin: Twin, prompts: Sequence[str | None], temperature: float) -> list[str]:
-    """One text for each of the prompts, without guidance; text i is sample i."""
-    tokens = generate(
-        twin.model,
-        twin.params,
-        encode_prompts(twin.prompt_encoder, prompts),
-        sample_keys(0, np.arange(len(prompts))),
-        sample_length(twin.config.model.block_size),
-        temperature=temperature,
-    )
-    return [decode(row, twin.prepared.tokenizer) for row in tokens]
+    @property
+    def settings(self) -> TwinSettings:
+        length = sample_length(self.config.model.block_size)
+        return TwinSettings(num_steps=length, guidance_scale=1.0, temperature=self.temperature)
 
+    def held_out(self, text: TextRows) -> dict[str, float]:
+        """The exact cross-entropy."""
+        scored = score(self.twin.model, self.params, text)
+        print(f"{scored.nats_per_token:.4f} nats a token ({len(scored.nats)} rows)")
+        return {"nats_per_token": scored.nats_per_token}
 
-def sample_figures(twin: Twin, split: str, num_samples: int, temperature: float) -> dict[str, dict[str, float]]:
-    """Samples a text for each of some held-out prompts, and prints and returns how good they are."""
-    prepared = twin.prepared
-    source = open_source(twin.config.data, twin.workdir / DATA_FOLDER)
-    held_out = list(source.examples(split))
-    articles = articles_to_write(held_out, prepared.splits[split], prepared.tokenizer, num_samples)
-    print(f"autoregressive, temperature {temperature:g}", flush=True)
-    texts = write_texts(twin, prompts_of(articles), temperature)
-    length = sample_length(twin.config.model.block_size)
-    judge = QualityJudge(list(source.examples("train")), articles, beginnings(articles, prepared.tokenizer, length))
-    return judge_samples(judge, texts, articles, twin.workdir / SAMPLES_FILE)
+    def likelihood(self, text: TextRows, rough: bool) -> BitsPerByte:
+        """Bits a byte, exact in any case."""
+        del rough
+        return score(self.twin.model, self.params, text).bits_per_byte()
+
+    def fill(self, known: Known, prompt: Prompt, keys: jax.Array) -> np.ndarray:
+        """Fills gaps one token after another."""
+        length = known.tokens.shape[1]
+        return generate(self.twin.model, self.params, prompt, keys, length, temperature=0, known=known)
+
+    def write(self, prompts: Sequence[str | None], length: int) -> list[str]:
+        """One text of at most `length` tokens for each prompt, without guidance; text i is sample i."""
+        tokens = generate(
+            self.twin.model,
+            self.params,
+            encode_prompts(self.prompt_encoder, prompts),
+            sample_keys(0, np.arange(len(prompts))),
+            length,
+            temperature=self.temperature,
+        )
+        return [decode(row, self.tokenizer) for row in tokens]
 
 
 def write_samples(twin: Twin, options: SampleOptions, temperature: float) -> None:
@@ -164,7 +135,7 @@ def write_samples(twin: Twin, options: SampleOptions, temperature: float) -> Non
         guidance_scale=1.0 if options.guidance_scale is None else options.guidance_scale,
         temperature=temperature,
     )
-    distinct = options.prompts or twin.config.logging.sample_prompts
+    distinct = options.prompts or twin.config.logging.sample_prompts or (None,)
     rows = np.repeat(np.arange(len(distinct)), options.num_samples)
     indices = np.tile(np.arange(options.num_samples), len(distinct))
     with jsonl_writer(options.output) as write:
@@ -181,12 +152,13 @@ def write_samples(twin: Twin, options: SampleOptions, temperature: float) -> Non
         for number, index, row in zip(rows, indices.tolist(), tokens, strict=True):
             prompt = distinct[number]
             text = decode(row, twin.prepared.tokenizer)
-            print(f"--- {prompt} (seed {options.seed}, sample {index})\n{text}\n", flush=True)
+            print(f"--- {prompt or 'no prompt'} (seed {options.seed}, sample {index})\n{text}\n", flush=True)
             write({"text": text, "prompt": prompt, "index": index} | origin)
 
 
 def run(workdir: Path, split: str, eval_samples: int, options: SampleOptions, temperature: float) -> None:
     """Evaluates the best checkpoint of the twin in `workdir`, and samples from it."""
     twin = open_twin(workdir)
-    evaluate(twin, split, eval_samples, temperature)
+    source = open_source(twin.config.data, workdir / DATA_FOLDER)
+    evaluate(TwinSubject(twin, temperature), source, twin.prepared.splits, split, eval_samples)
     write_samples(twin, options, temperature)

@@ -192,7 +192,9 @@ def _generate(model, params, prompt, known, keys, temperature, guidance_scale, *
             token = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, position), temperature)
         token = jnp.where(ended, end, token)
         token = jnp.where(known.mask[:, position], known.tokens[:, position], token)
-        return position + jnp.int32(1), token, token == end, tokens.at[:, position].set(token), caches
+        # An end of text that is given with more behind it ends nothing.
+        ended = (token == end) & ~goes_on
+        return position + jnp.int32(1), token, ended, tokens.at[:, position].set(token), caches
 
     def unfinished(carry):
         position, _, ended, _, _ = carry

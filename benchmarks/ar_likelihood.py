@@ -10,6 +10,7 @@ import numpy as np
 from ar_model import CausalTransformer
 
 from sunfish_jax.evaluation.bound import BitsPerByte
+from sunfish_jax.evaluation.ratio import ratio_of_sums
 from sunfish_jax.evaluation.text_rows import TextRows
 
 
@@ -34,11 +35,8 @@ class Score:
 
     def bits_per_byte(self) -> BitsPerByte:
         """Total bits over total bytes, and the standard error of that ratio over independent rows."""
-        bits, n = self.nats / math.log(2), len(self.nats)
-        value = bits.sum() / self.num_bytes.sum()
-        deviation = bits - value * self.num_bytes
-        error = math.sqrt(np.sum(deviation**2) * n / (n - 1)) / self.num_bytes.sum() if n > 1 else math.nan
-        return BitsPerByte(float(value), error, {"exact": float(value)}, n, int(self.num_bytes.sum()))
+        value, error = ratio_of_sums(self.nats / math.log(2), self.num_bytes)
+        return BitsPerByte(value, error, {}, len(self.nats), int(self.num_bytes.sum()))
 
 
 def score(model: CausalTransformer, params: Mapping, text: TextRows) -> Score:

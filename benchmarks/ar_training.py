@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ar_budget import Budget, annealing
+from ar_budget import Budget, learning_rate_share
 from ar_likelihood import score
 from ar_model import CausalTransformer, count_parameters, init_twin, make_twin
 from jax.sharding import Mesh, NamedSharding
@@ -42,7 +42,7 @@ from sunfish_jax.workdir.writers import make_writer, metric_writers
 TWIN_FILE = "twin"
 # The newest checkpoint, to go on from, and the best.
 _KEPT = ConfigDict({"keep": 1, "keep_every_steps": 10**9})
-# Steps over which the optimiser's own schedule decays: none that a run reaches. Decay goes by time.
+# Steps over which the optimiser's own schedule decays: none that a run reaches.
 _NO_DECAY = 2**30
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -57,7 +57,7 @@ class TwinState:
       ema_params: their exponential moving average, which is what is evaluated.
       opt_state: the optimiser's state.
       key: the run's random key; step randomness is `fold_in(key, step)`.
-      annealing: [] float32, what the learning rate is multiplied with in the next step.
+      learning_rate_share: [] float32, what the learning rate is multiplied with in the next step.
     """
 
     step: jax.Array
@@ -65,7 +65,7 @@ class TwinState:
     ema_params: Any
     opt_state: optax.OptState
     key: jax.Array
-    annealing: jax.Array
+    learning_rate_share: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +131,17 @@ def create_twin_state(config: ConfigDict, model: CausalTransformer, token_counts
         params=params,
         # A copy: the step donates its state, and one buffer cannot be donated twice.
         ema_params=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(config.optimizer, _NO_DECAY, model.dtype).init(params),
+        opt_state=make_full_rate_optimizer(config.optimizer, model).init(params),
         key=step_key,
-        annealing=jnp.ones(()),
+        learning_rate_share=jnp.ones(()),
     )
+
+
+def make_full_rate_optimizer(config: ConfigDict, model: CausalTransformer) -> optax.GradientTransformation:
+    """The denoiser's, always at the full learning rate: the share of it goes by the budget, not by steps alone."""
+    config = config.copy_and_resolve_references()
+    config.warmup_steps = 0
+    return make_optimizer(config, _NO_DECAY, model.dtype)
 
 
 def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> TrainStep:
@@ -145,7 +152,7 @@ def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> 
     Returns:
       The step; its scalars are `loss` (nats a token) and `grad_norm`.
     """
-    optimizer = make_optimizer(config.optimizer, _NO_DECAY, model.dtype)
+    optimizer = make_full_rate_optimizer(config.optimizer, model)
 
     def batch_gradients(state: TwinState, batch: Batch):
         dropout_key, prompt_key = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -160,7 +167,7 @@ def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> 
     def update(state: TwinState, gradients) -> tuple[TwinState, dict[str, jax.Array]]:
         grads, loss = gradients
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = jax.tree.map(lambda update: state.annealing * update, updates)
+        updates = jax.tree.map(lambda update: state.learning_rate_share * update, updates)
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(config.optimizer.ema_decay, state.step)
         ema_params = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema_params, params)
@@ -256,6 +263,7 @@ def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int)
         stack.callback(writer.close)
         loop = TwinLoop(
             budget=budget,
+            warmup_steps=config.optimizer.warmup_steps,
             eval_every=eval_every,
             every_steps=config.logging.every_steps,
             workdir=workdir,
@@ -300,6 +308,7 @@ class TwinLoop:
 
     Attributes:
       budget: over all sittings.
+      warmup_steps: over which the learning rate rises, or half the budget, whichever is shorter.
       eval_every: steps between two evaluations; each is saved.
       every_steps: steps between two lines, if that takes no longer than half a minute.
       workdir: the run's folder.
@@ -311,6 +320,7 @@ class TwinLoop:
     """
 
     budget: Budget
+    warmup_steps: int
     eval_every: int
     every_steps: int
     workdir: Path
@@ -341,8 +351,9 @@ class TwinLoop:
             began = time.monotonic()
             batch = next(batches)
             compiling = step.compile(state, batch)
-            # By what the steps before spent: the first is at the full rate, the last near zero.
-            state = state.replace(annealing=_like(state.annealing, annealing(self.budget.spent(progress))))
+            # By what the steps before spent.
+            share = learning_rate_share(self.budget.spent(progress), progress.step, self.warmup_steps)
+            state = state.replace(learning_rate_share=_like(state.learning_rate_share, share))
             state, metrics = step(state, batch)
             progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
             self._report(metrics)

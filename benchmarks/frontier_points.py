@@ -2,23 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-import ar_evaluation
+from ar_evaluation import TwinSubject
 from ar_training import TWIN_FILE, open_twin
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.adherence import prompted_articles
-from sunfish_jax.evaluation.run import source_of
+from sunfish_jax.evaluation.evaluate import Subject
+from sunfish_jax.evaluation.run import Denoiser, source_of
 from sunfish_jax.evaluation.sample_quality import REAL, SAMPLES, QualityJudge, beginnings, sample_length
 from sunfish_jax.generation.options import Settings
-from sunfish_jax.generation.output import StepCounter
-from sunfish_jax.generation.sample import sample_texts
-from sunfish_jax.models.prompt_encoder import encode_prompts
 from sunfish_jax.workdir.json_file import write_json
-from sunfish_jax.workdir.run import Run, load_run
+from sunfish_jax.workdir.run import load_run
 
 _SHOWN = (
     "perplexity",
@@ -31,12 +28,6 @@ _SHOWN = (
     "mean_words",
     "mean_words_whole",
 )
-
-
-class Writer(Protocol):
-    """Writes one text for each of the prompts it was made for, at a temperature."""
-
-    def __call__(self, temperature: float) -> list[str]: ...
 
 
 def measure(
@@ -77,23 +68,29 @@ def measure(
         raise UserError(judge.missing)
     prompts = [article.prompts[0] for article in articles]
     # Before the first point, so that a folder that cannot be read costs no wait.
-    others = {name: open_writer(folder, prompts, run.data_identity) for name, folder in beside.items()}
+    others = {name: open_beside(folder, run.data_identity) for name, folder in beside.items()}
     base = Settings.make(run.config.sampling)
-    write = functools.cache(functools.partial(write_texts, run, prompts))
+
+    @functools.cache
+    def write(settings: Settings) -> list[str]:
+        """Cached, for several points are those of the run's own settings."""
+        return Denoiser(run, settings).write(prompts, length)
+
     points = [
         (name, value, functools.partial(write, dataclasses.replace(base, **{name: value})))
         for name, values in varied.items()
         for value in values
     ]
-    for name, write_other in others.items():
-        points += [(name, value, functools.partial(write_other, value)) for value in varied["temperature"]]
+    for name, at_temperature in others.items():
+        for value in varied["temperature"]:
+            points.append((name, value, functools.partial(at_temperature(value).write, prompts, length)))
 
-    print(f"{len(points)} points of {len(articles)} texts; each prompt is looked for among {judge.among}")
+    print(f"{len(points)} points of {len(articles)} texts; each prompt is looked for among {judge.extent['among']}")
     print("  ".join(_SHOWN), flush=True)
     measured = []
     for kind, value, texts in points:
         table = judge.beside_real(texts())
-        measured.append({"kind": kind, "label": f"{value}", **table[SAMPLES], "real": table[REAL]})
+        measured.append({"kind": kind, "label": f"{value}", **judge.extent, **table[SAMPLES], "real": table[REAL]})
         for figures, label in ((table[SAMPLES], f"{kind} {value}"), (table[REAL], "real text of these lengths")):
             columns = (f"{figures.get(name, float('nan')):>{len(name)}.3f}" for name in _SHOWN)
             print("  ".join(columns), f" {label}", flush=True)
@@ -101,22 +98,8 @@ def measure(
     return measured
 
 
-def write_texts(run: Run, prompts: Sequence[str], settings: Settings) -> list[str]:
-    """One text of a run of the denoiser for each prompt."""
-    return sample_texts(
-        run.model,
-        run.params,
-        run.schedule,
-        run.tokenizer,
-        encode_prompts(run.prompt_encoder, prompts),
-        seq_len=sample_length(run.config.model.block_size),
-        settings=settings,
-        counter=StepCounter.on_terminal(),
-    )
-
-
-def open_writer(workdir: Path, prompts: Sequence[str], data_identity: str) -> Writer:
-    """What writes texts for the prompts with the run or the twin in `workdir`.
+def open_beside(workdir: Path, data_identity: str) -> Callable[[float], Subject]:
+    """The run or the twin in `workdir`, to write at any temperature.
 
     Raises:
         UserError: It was trained on another corpus than `data_identity`, and may have seen what it is to write.
@@ -126,9 +109,9 @@ def open_writer(workdir: Path, prompts: Sequence[str], data_identity: str) -> Wr
     if (run.prepared.identity["data"] if is_twin else run.data_identity) != data_identity:
         raise UserError(f"--beside=...={workdir} was trained on another corpus: name a run on the same one")
     if is_twin:
-        return lambda temperature: ar_evaluation.write_texts(run, prompts, temperature)
-    base = Settings.make(run.config.sampling)
-    return lambda temperature: write_texts(run, prompts, dataclasses.replace(base, temperature=temperature))
+        return functools.partial(TwinSubject, run)
+    settings = Settings.make(run.config.sampling)
+    return lambda temperature: Denoiser(run, dataclasses.replace(settings, temperature=temperature))
 
 
 def draw(points: list[dict], path: Path) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.struct
 import grain
@@ -192,16 +192,21 @@ def held_out_row_numbers(split: TokenizedSplit, num_rows: int, config: ConfigDic
     return batches
 
 
-def held_out_rows(split: TokenizedSplit, num_rows: int, config: ConfigDict, prompts: Prompts) -> list[Batch]:
-    """Fixed batches for evaluation, the rows of `held_out_row_numbers` (whose arguments see).
+def held_out_rows(
+    split: TokenizedSplit, numbers: Sequence[tuple[int, np.ndarray]], prompts: Prompts
+) -> list[Batch]:
+    """Fixed batches for evaluation.
 
-    `prompts` makes prompts from their numbers in `split`; each row keeps one of its text's phrasings.
+    Args:
+      split: `validation` or `test`.
+      numbers: which of its rows, as `held_out_row_numbers` gives them.
+      prompts: makes prompts from their numbers in `split`; each row keeps one of its text's phrasings.
 
     Returns:
       Batches with A = 1 and nothing known. An empty row has no real token and no prompt.
     """
     batches = []
-    for length, rows in held_out_row_numbers(split, num_rows, config):
+    for length, rows in numbers:
         tokens, padding_mask = pad_rows(split, rows, length)
         first, count = split.row_prompts[rows].T
         prompt = np.where((rows >= 0) & (count > 0), first + rows % np.maximum(count, 1), -1)

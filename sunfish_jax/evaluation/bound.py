@@ -12,6 +12,7 @@ import numpy as np
 
 from sunfish_jax.diffusion.likelihood import likelihood_bound
 from sunfish_jax.diffusion.schedules import Schedule
+from sunfish_jax.evaluation.ratio import ratio_of_sums
 from sunfish_jax.evaluation.text_rows import TextRows
 
 _NOISE_SEED = 0xB0
@@ -20,12 +21,12 @@ _TERMS = ("prior", "recon", "diff", "padding")
 
 @dataclasses.dataclass(frozen=True)
 class BitsPerByte:
-    """An upper bound on the negative log-likelihood.
+    """The negative log-likelihood of some rows of text, or an upper bound of it.
 
     Attributes:
         value: Bits a byte of text.
-        standard_error: Of `value`: over the rows, so both of the choice of rows and of the noise drawn.
-        terms: What of `value` is prior, recon, diff and padding.
+        standard_error: Of `value`: over the rows, so both of the choice of rows and of what noise was drawn.
+        terms: What `value` is the sum of, by name; empty where it is exact.
         num_rows, num_bytes: What it was measured on.
     """
 
@@ -34,6 +35,13 @@ class BitsPerByte:
     terms: dict[str, float]
     num_rows: int
     num_bytes: int
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{term} {value:.3f}" for term, value in self.terms.items()) or "exact"
+        return (
+            f"{self.value:.3f} ± {self.standard_error:.3f} bits per byte "
+            f"({parts}; {self.num_rows} rows, {self.num_bytes} bytes)"
+        )
 
 
 def bits_per_byte(
@@ -46,8 +54,7 @@ def bits_per_byte(
 ) -> BitsPerByte:
     """The bound of `likelihood_bound` over all rows: total bits over total bytes.
 
-    End of text counts, dropout and guidance are off, and self-conditioning is recomputed from the same z. The
-    standard error is that of a ratio of sums over independent rows (Cochran 1977, section 6.3).
+    End of text counts, dropout and guidance are off, and self-conditioning is recomputed from the same z.
 
     Args:
         model: The denoiser.
@@ -69,25 +76,9 @@ def bits_per_byte(
     totals = np.concatenate(totals)
     bits, lengths = totals[:, :-1] / math.log(2), totals[:, -1]
     terms = bits.sum(axis=0) / lengths.sum()
-    value, n = terms.sum(), len(totals)
-    deviation = bits.sum(axis=-1) - value * lengths
-    error = math.sqrt(np.sum(deviation**2) * n / (n - 1)) / lengths.sum() if n > 1 else math.nan
-    return BitsPerByte(float(value), error, dict(zip(_TERMS, terms.tolist(), strict=True)), n, int(lengths.sum()))
-
-
-def likelihood_line(name: str, figure: BitsPerByte, detail: str) -> str:
-    """What is printed of a figure."""
-    return (
-        f"{name}: {figure.value:.3f} ± {figure.standard_error:.3f} bits per byte "
-        f"({detail}; {figure.num_rows} rows, {figure.num_bytes} bytes)"
-    )
-
-
-def frequency_figure(texts: Mapping[str, TextRows], params: Mapping) -> dict[str, float]:
-    """Prints and returns what a model of the tokens' frequencies alone would reach on `likelihood_texts`."""
-    value = texts["with prompt"].bits_per_byte_by_frequency(np.asarray(params["log_unigram"]))
-    print(f"by the tokens' frequencies alone: {value:.3f} bits per byte", flush=True)
-    return {"value": value}
+    value, error = ratio_of_sums(bits.sum(axis=-1), lengths)
+    by_name = dict(zip(_TERMS, terms.tolist(), strict=True))
+    return BitsPerByte(value, error, by_name, num_rows=len(totals), num_bytes=int(lengths.sum()))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7))

@@ -40,7 +40,7 @@ def repeated_word(texts: Sequence[str], seed: int = 0) -> list[str]:
 
 
 def training_text(train_texts: Sequence[str], texts: Sequence[str], seed: int = 0) -> list[str]:
-    """For each text the beginning of a training text, drawn at random, of as many words.
+    """For each text as many words in a row of a training text; both that text and the place are drawn at random.
 
     Where no training text is that long, the longest is taken.
     """
@@ -48,8 +48,10 @@ def training_text(train_texts: Sequence[str], texts: Sequence[str], seed: int = 
     lengths = np.array([len(words(text)) for text in train_texts])
     result = []
     for wanted in (len(words(text)) for text in texts):
-        choices = np.flatnonzero(lengths >= min(wanted, lengths.max()))
-        result.append(cut(train_texts[rng.choice(choices)], wanted))
+        choice = rng.choice(np.flatnonzero(lengths >= min(wanted, lengths.max())))
+        start = int(rng.integers(max(lengths[choice] - wanted, 0) + 1))
+        before = cut(train_texts[choice], start)
+        result.append(cut(train_texts[choice][len(before) :], wanted))
     return result
 
 

@@ -5,6 +5,7 @@ the model is. These figures are: the noise levels, the rows and the noise never 
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -18,15 +19,13 @@ from sunfish_jax.evaluation.text_rows import shuffled_order
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 
 _NOISE_SEED = 0x5EED
-# Self-conditioning and context use are measured on every fourth batch, which is enough for differences of
-# paired figures and keeps the evaluation during training to about twice one pass over the rows.
+# Self-conditioning and context use are measured on every fourth batch of each length, which is enough for
+# differences of paired figures and keeps the evaluation during training to about twice one pass over the rows.
 _DETAIL_EVERY = 4
 _FIGURES = ("all", "true", "self_conditioned", "shuffled", "none")
 
 
-def held_out_cross_entropy(
-    model: nn.Module, params: Mapping, rows: Iterable[Batch], *, log_unigram: np.ndarray | None = None
-) -> dict[str, float]:
+def held_out_cross_entropy(model: nn.Module, params: Mapping, rows: Iterable[Batch]) -> dict[str, float]:
     """Cross-entropy of the clean token, in nats a token, at each level of the fixed noise grid.
 
     The levels are token SNRs rho = d_e e^(-gamma) in `process.HELD_OUT_SNRS`. Only real tokens count, nothing
@@ -44,9 +43,8 @@ def held_out_cross_entropy(
 
     Args:
         model: The denoiser.
-        params: Its parameters; the moving average, usually.
+        params: Its parameters, the tokens' `log_unigram` [V] among them; the moving average, usually.
         rows: Held-out batches with A = 1; the same ones each time.
-        log_unigram: [V] log frequencies of the training tokens; None leaves `none` out.
 
     Returns:
         Scalars by name: `held_out/mean`, `held_out/rho_25` and so on, `held_out/self_conditioning_gain`,
@@ -55,11 +53,13 @@ def held_out_cross_entropy(
     """
     table, head = _embedding_table(model, params), _head(model, params)
     sums = {name: np.zeros(len(process.HELD_OUT_SNRS)) for name in _FIGURES}
-    counts = dict.fromkeys(("all", "true"), 0)
+    counts, of_length = dict.fromkeys(("all", "true"), 0), Counter()
     for i, batch in enumerate(rows):
         batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        detail = i % _DETAIL_EVERY == 0
-        for name, values in _batch_sums(model, params, table, head, batch, i, detail, log_unigram).items():
+        length = batch.tokens.shape[-1]
+        detail = of_length[length] % _DETAIL_EVERY == 0
+        of_length[length] += 1
+        for name, values in _batch_sums(model, params, table, head, batch, i, detail).items():
             sums[name] += values
         real = int(np.sum(batch.padding_mask))
         counts["all"] += real
@@ -69,15 +69,13 @@ def held_out_cross_entropy(
     gain = columns["true"] - columns.pop("self_conditioned")
     figures = {"held_out/mean": mean.mean(), "held_out/self_conditioning_gain": gain.mean()}
     figures["context/gain"] = (columns["shuffled"] - columns["true"]).mean()
-    if log_unigram is None:
-        del columns["none"]
     named = {"held_out/rho": mean} | {f"context/{name}": values for name, values in columns.items()}
     for name, values in named.items():
         figures |= {f"{name}_{snr:g}": value for snr, value in zip(process.HELD_OUT_SNRS, values, strict=True)}
     return {name: float(value) for name, value in figures.items()}
 
 
-def _batch_sums(model, params, table, head, batch, number, detail, log_unigram) -> dict[str, np.ndarray]:
+def _batch_sums(model, params, table, head, batch, number, detail) -> dict[str, np.ndarray]:
     """Summed cross-entropy of a batch at each level, for those of `_FIGURES` that are asked for."""
     tokens, mask = batch.tokens, batch.padding_mask
     order = shuffled_order(mask, seed=number)
@@ -99,9 +97,8 @@ def _batch_sums(model, params, table, head, batch, number, detail, log_unigram) 
                 "true": level["all"],
                 "self_conditioned": _cross_entropy(head, read(z, estimate, gamma), tokens, mask),
                 "shuffled": _cross_entropy(head, read(z_shuffled, zeros, gamma), shuffled, mask),
+                "none": _without_context(table, tokens, mask, z, gamma, params["log_unigram"]),
             }
-            if log_unigram is not None:
-                level["none"] = _without_context(table, tokens, mask, z, gamma, log_unigram)
         levels.append(level)
     return {name: np.array([level[name] for level in levels]) for name in levels[0]}
 

@@ -1,7 +1,6 @@
 """How often a gap in held-out text is filled with what stood there."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.samplers import Known
+from sunfish_jax.evaluation.ratio import ratio_of_sums
 from sunfish_jax.evaluation.text_rows import shuffled_order
 from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.models.prompt import Prompt
@@ -29,7 +29,8 @@ class InfillAccuracy:
         true: With the text around the gaps.
         shuffled: With that text's tokens in random order.
         unigram: Of the best guess that looks at nothing: always the most frequent token.
-        standard_error: Of `true - shuffled`, over the rows.
+        standard_error: Of `true`, over the rows.
+        margin_error: Of `true - shuffled`.
         num_tokens: Tokens in gaps.
     """
 
@@ -37,12 +38,11 @@ class InfillAccuracy:
     shuffled: float
     unigram: float
     standard_error: float
+    margin_error: float
     num_tokens: int
 
 
-def infill_accuracy(
-    fill: Fill, rows: Sequence[Batch], most_frequent: int, *, seed: int = 0
-) -> dict[int, InfillAccuracy]:
+def infill_accuracy(fill: Fill, rows: Sequence[Batch], most_frequent: int) -> dict[int, InfillAccuracy]:
     """Fills gaps in held-out rows, without a prompt.
 
     Both times the same gaps are filled with the same keys: any difference comes from what the model reads in
@@ -52,7 +52,6 @@ def infill_accuracy(
         fill: Fills gaps; padding counts as one, and is not looked at.
         rows: Held-out batches with A = 1.
         most_frequent: The most frequent token of the training text.
-        seed: Of the gaps, the shuffling and the keys.
 
     Returns:
         The accuracy in gaps of each of `GAP_SIZES` that occurs.
@@ -60,10 +59,10 @@ def infill_accuracy(
     counts = []
     for i, batch in enumerate(rows):
         batch = jax.tree.map(lambda leaf: np.asarray(leaf[0]), batch)
-        gaps = choose_gaps(batch.padding_mask, np.random.default_rng((seed, i)))
+        gaps = choose_gaps(batch.padding_mask, np.random.default_rng((0, i)))
         known = batch.padding_mask & (gaps == 0)
         prompt = batch.prompt.replace(mask=np.zeros_like(batch.prompt.mask))
-        keys = sample_keys(seed, i << 16 | np.arange(len(gaps)))
+        keys = sample_keys(0, i << 16 | np.arange(len(gaps)))
         shuffled = np.take_along_axis(batch.tokens, shuffled_order(known, seed=i), axis=1)
         right = [fill(Known(given, known), prompt, keys) == batch.tokens for given in (batch.tokens, shuffled)]
         right += [batch.tokens == most_frequent, np.ones_like(known)]
@@ -78,12 +77,12 @@ def infill_accuracy(
 def infill_table(accuracies: Mapping[int, InfillAccuracy]) -> str:
     """The accuracies as a table, a line for each size of gap."""
     lines = [
-        "gap, tokens   filled right   with shuffled surroundings   most frequent token   (share of the tokens)"
+        "gap, tokens    filled right   with shuffled surroundings   most frequent token   (share of the tokens)"
     ]
     for size, of in accuracies.items():
         lines.append(
-            f"{size:11d}   {of.true:12.3f}   {of.shuffled:8.3f} ({of.shuffled - of.true:+.3f} ± "
-            f"{of.standard_error:.3f})   {of.unigram:19.3f}   ({of.num_tokens} tokens)"
+            f"{size:11d}   {of.true:.3f} ± {of.standard_error:.3f}   {of.shuffled:8.3f} ("
+            f"{of.shuffled - of.true:+.3f} ± {of.margin_error:.3f})   {of.unigram:19.3f}   ({of.num_tokens} tokens)"
         )
     return "\n".join(lines)
 
@@ -92,13 +91,16 @@ def _accuracy(counts: np.ndarray) -> InfillAccuracy:
     """counts: [rows, 4], the tokens filled right in the three ways, and all of them."""
     counts = counts[counts[:, 3] > 0]
     true, shuffled, unigram, total = counts.T
-    margin = (true - shuffled).sum() / total.sum()
-    # The standard error of a ratio of sums over independent rows, as in `bits_per_byte`.
-    deviation = true - shuffled - margin * total
-    n = len(total)
-    error = math.sqrt(np.sum(deviation**2) * n / (n - 1)) / total.sum() if n > 1 else math.nan
-    shares = [float(right.sum() / total.sum()) for right in (true, shuffled, unigram)]
-    return InfillAccuracy(*shares, error, int(total.sum()))
+    share, error = ratio_of_sums(true, total)
+    _, margin_error = ratio_of_sums(true - shuffled, total)
+    return InfillAccuracy(
+        true=share,
+        shuffled=ratio_of_sums(shuffled, total)[0],
+        unigram=ratio_of_sums(unigram, total)[0],
+        standard_error=error,
+        margin_error=margin_error,
+        num_tokens=int(total.sum()),
+    )
 
 
 def choose_gaps(padding_mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -62,9 +62,7 @@ class Judge:
         llama = load_llama(metadata, tensor, compute_dtype or fastest_compute_dtype())
         return cls(_make_tokenizer(metadata), llama, metadata("tokenizer.ggml.bos_token_id"))
 
-    def negative_log_likelihoods(
-        self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def negative_log_likelihoods(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Scores texts, each given nothing but the token that texts start with.
 
         Only the first `MAX_TOKENS` tokens of a text are scored. What stands in a text is read as text, also if it
@@ -72,7 +70,6 @@ class Judge:
 
         Args:
             texts: N texts.
-            progress: Called after every batch with how many texts are scored, and N.
 
         Returns:
             -log p of each text, `[N]` float64, nats; and how many tokens of it that is, `[N]`. Both are 0 for an
@@ -83,7 +80,6 @@ class Judge:
         rows = [encoding.ids[:MAX_TOKENS] for encoding in self._tokenizer.encode_batch_fast(texts)]
         counts = np.array([len(row) for row in rows], np.int64)
         nats = np.zeros(len(rows))
-        done = int(np.sum(counts == 0))
         for chosen, width in _batches(counts):
             targets = np.zeros((_POSITIONS_PER_BATCH // width, width), np.int32)
             for row, text in zip(targets, chosen, strict=False):
@@ -93,9 +89,6 @@ class Judge:
             scores = np.asarray(negative_log_likelihoods(self._llama, tokens, targets), np.float64)
             real = np.arange(width) < counts[chosen][:, None]
             nats[chosen] = np.where(real, scores[: len(chosen)], 0.0).sum(axis=1)
-            done += len(chosen)
-            if progress:
-                progress(done, len(rows))
         return nats, counts
 
     def perplexity(self, texts: Sequence[str]) -> float:

@@ -43,7 +43,8 @@ class QualityJudge:
     model.
 
     Attributes:
-        among: How many prompts a text's own is looked for among; None without prompts.
+        extent: How many `texts` are judged, `among` how many prompts a text's own is looked for, and of how many
+            texts the topic is asked (`with_topic`); the latter two are 0 without prompts.
         missing: Why there is no perplexity; None where there is.
     """
 
@@ -60,7 +61,8 @@ class QualityJudge:
         self._index = NgramIndex(self._train_texts, _OVERLAPS)
         prompted = all(article.prompts for article in articles)
         self._adherence = AdherenceJudge(train, articles) if prompted else None
-        self.among = self._adherence.among if self._adherence else None
+        among, with_topic = (self._adherence.among, self._adherence.num_with_topic) if prompted else (0, 0)
+        self.extent = {"texts": len(articles), "among": among, "with_topic": with_topic}
         self._judge, self.missing = None, None
         try:
             self._judge = Judge.load()
@@ -161,8 +163,9 @@ def judge_samples(
         for prompt, text in zip(prompts, texts, strict=True):
             write({"prompt": prompt, "text": text})
     table = judge.table(texts, lambda name: print(f"  measuring {name}", flush=True))
+    among, with_topic = judge.extent["among"], judge.extent["with_topic"]
     print(f"{len(texts)} texts", end="")
-    print(f"; each prompt is looked for among {judge.among}" if judge.among else "")
+    print(f"; each prompt is looked for among {among}, {with_topic} have a topic" if among else "")
     print(format_table(table))
     if judge.missing:
         print(f"no perplexity: {judge.missing}")

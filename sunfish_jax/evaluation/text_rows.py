@@ -34,7 +34,7 @@ class TextRows:
         prompts = PromptTable(encoder, split.num_prompts, split.prompt_texts)
         numbers = held_out_row_numbers(split, num_rows, config)
         return cls(
-            rows=held_out_rows(split, num_rows, config, prompts),
+            rows=held_out_rows(split, numbers, prompts),
             row_bytes=[np.where(rows < 0, 0, split.row_bytes[rows]) for _, rows in numbers],
         )
 

@@ -92,7 +92,7 @@ class NgramIndex:
     Of 10^5 n-grams looked up among 10^6, one in 10^8 evaluations would find one by a collision.
     """
 
-    def __init__(self, texts: Iterable[str], sizes: Sequence[int] = (2, 4, 8)):
+    def __init__(self, texts: Iterable[str], sizes: Sequence[int]):
         """Reads the training text once.
 
         Args:

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from sunfish_jax.data.batches import Batch, BatchSource, held_out_rows
+from sunfish_jax.data.batches import BatchSource
 from sunfish_jax.data.buckets import choose_buckets
 from sunfish_jax.data.sources import Source, open_source
 from sunfish_jax.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
@@ -44,19 +44,13 @@ class Prepared:
 
     def training_batches(self, config: ConfigDict) -> BatchSource:
         """The training batches, indexable by step."""
-        return BatchSource(self.splits["train"], self.buckets, config, self._prompts("train"))
-
-    def held_out_batches(self, config: ConfigDict) -> list[Batch]:
-        """The validation rows that are scored while training: always the same."""
-        return held_out_rows(self.splits["validation"], config.eval.num_rows, config, self._prompts("validation"))
+        split = self.splits["train"]
+        prompts = PromptTable(self.prompt_encoder, split.num_prompts, split.prompt_texts)
+        return BatchSource(split, self.buckets, config, prompts)
 
     def token_counts(self) -> np.ndarray:
         """How often each token occurs in the training text, [V] int64."""
         return self.splits["train"].token_counts(self.model.vocab_size)
-
-    def _prompts(self, split: str) -> PromptTable:
-        texts = self.splits[split]
-        return PromptTable(self.prompt_encoder, texts.num_prompts, texts.prompt_texts)
 
 
 def prepare_run(config: ConfigDict, workdir: Path, tokenizer_path: Path | None) -> Prepared:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
+from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt_encoder import encode_prompts
@@ -31,25 +32,25 @@ def make_evaluate(config: ConfigDict, prepared: Prepared, stop: StopRequest) -> 
 
     Args:
         config: the whole configuration; `eval.num_rows` is read.
-        prepared: the model and the held-out rows.
+        prepared: the model and the validation text.
         stop: when it is asked for, the evaluation raises `Stopped` before its next batch.
 
     Returns:
         A function to scalars by name, of the averaged parameters.
     """
     # Encoding their prompts takes seconds, which the first step need not wait for.
-    batches = functools.cache(lambda: prepared.held_out_batches(config))
+    validation = prepared.splits["validation"]
+    text = functools.cache(lambda: TextRows.of(validation, config.eval.num_rows, config, prepared.prompt_encoder))
 
     def until_stopped() -> Iterator[Batch]:
-        for batch in batches():
+        for batch in text().rows:
             if stop:
                 raise Stopped
             yield batch
 
     def evaluate(state: TrainState) -> dict[str, float]:
         params = on_one_device(state.ema_params)
-        unigram = params["log_unigram"]
-        figures = held_out_cross_entropy(prepared.model, params, until_stopped(), log_unigram=unigram)
+        figures = held_out_cross_entropy(prepared.model, params, until_stopped())
         distance = nearest_neighbour_distance(prepared.model, params)
         return figures | {"embeddings/nearest_neighbour_distance": float(distance)}
 

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ar_budget import Budget, annealing
-from ar_evaluation import text_keys
+from ar_budget import Budget, learning_rate_share
 from ar_generation import draw, empty_cache, generate, next_logits
 from ar_likelihood import score
 from ar_model import count_parameters, init_twin, make_twin
@@ -329,6 +328,16 @@ def test_given_tokens_are_kept_read_and_never_cut_off(small, tokens, prompt):
     np.testing.assert_array_equal(rows[~mask], logits.argmax(axis=-1)[~mask])
 
 
+def test_a_given_end_with_more_behind_it_ends_nothing(small, tokens, prompt):
+    known = tokens.copy()
+    known[:, 4] = END
+    mask = np.zeros(tokens.shape, bool)
+    mask[:, :5] = mask[:, -1] = True
+    rows = written(*small, prompt, temperature=0, known=Known(known, mask))
+    np.testing.assert_array_equal(rows[mask], known[mask])
+    assert (rows[:, 5:-1] != END).all()
+
+
 def test_a_row_depends_on_its_own_key_alone(small, prompt):
     together = written(*small, prompt)
     one = jax.tree.map(lambda leaf: leaf[1:2], prompt)
@@ -366,12 +375,6 @@ def test_only_the_drawing_is_in_float64(model, params, prompt):
     vocabulary = f"{ROWS}x{model.vocab_size}x"
     assert vocabulary in shapes
     assert shapes <= {"", f"{ROWS}x", "1x", f"{ROWS}x1x", "1x1x", vocabulary}
-
-
-def test_texts_for_different_prompts_are_drawn_apart():
-    keys = jax.random.key_data(text_keys(0, ["Dog", "Dog", "Cat"], np.array([0, 1, 0])))
-    assert len(np.unique(keys, axis=0)) == 3
-    np.testing.assert_array_equal(keys[2:], jax.random.key_data(text_keys(0, ["Cat"], np.array([0]))))
 
 
 PATTERN = np.array([5, 9, 7, 21, 9, 30, 7, 7, 12, 5, 33], np.int32)
@@ -466,10 +469,10 @@ def test_dropout_is_new_with_every_key(course):
 
 def test_a_step_at_rate_zero_moves_nothing(course):
     _, _, first_state, step, batch = course
-    # The first step of the warm-up moves nothing either way.
+    # The optimiser's first step moves nothing either way.
     state, _ = step(first_state(), batch)
     before = jax.tree.map(np.array, state.params)
-    state, _ = step(state.replace(annealing=0 * state.annealing), batch)
+    state, _ = step(state.replace(learning_rate_share=0 * state.learning_rate_share), batch)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state.params))
 
 
@@ -490,15 +493,24 @@ def test_two_devices_take_the_same_step(course, learning):
         assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-3)
 
 
-def test_annealing_goes_from_one_to_zero():
-    assert [annealing(share) for share in (0.0, 0.5, 1.0, 1.2)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+def test_the_learning_rate_rises_and_falls_within_the_budget():
+    def shares(num_steps, warmup_steps):
+        return [learning_rate_share(step / num_steps, step, warmup_steps) for step in range(num_steps + 1)]
+
+    without = shares(8, 0)
+    np.testing.assert_allclose(without[1:], [0.5 + 0.5 * math.cos(math.pi * i / 8) for i in range(1, 9)], atol=1e-9)
+    # Two steps of warm-up; and of a hundred steps only the half of the budget.
+    np.testing.assert_allclose(shares(8, 2), np.array(without) * np.minimum(1, np.arange(9) / 2), atol=1e-9)
+    np.testing.assert_allclose(shares(8, 100), np.array(without) * np.minimum(1, np.arange(9) / 4), atol=1e-9)
+    # A slow machine has taken few steps when its time is over.
+    assert learning_rate_share(1.2, 3, 100) == 0.0
 
 
 class ScriptedStep:
     """Counts steps as the only parameter; each takes half a second by the loop's own clock."""
 
     def __init__(self, clock, after=None):
-        self.clock, self.after, self.annealings = clock, after or {}, []
+        self.clock, self.after, self.rates = clock, after or {}, []
 
     def compile(self, state, batch):
         self.clock.now += 100.0
@@ -506,7 +518,7 @@ class ScriptedStep:
 
     def __call__(self, state, batch):
         self.clock.now += 0.5
-        self.annealings.append(float(state.annealing))
+        self.rates.append(float(state.learning_rate_share))
         step = int(state.step) + 1
         self.after.get(step, lambda: None)()
         return state.replace(step=np.asarray(step), params={"w": np.full(2, float(step))}), {
@@ -519,13 +531,13 @@ class ScriptedStep:
 class ScriptedState:
     step: int
     params: dict
-    annealing: jax.Array
+    learning_rate_share: jax.Array
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
 
 
-jax.tree_util.register_dataclass(ScriptedState, ["step", "params", "annealing"], [])
+jax.tree_util.register_dataclass(ScriptedState, ["step", "params", "learning_rate_share"], [])
 
 
 class Stop:
@@ -558,6 +570,7 @@ def run_loop(workdir, monkeypatch, *, budget, losses=None, after=None, stop=None
     with Checkpoints(workdir, _KEPT) as checkpoints:
         loop = TwinLoop(
             budget=budget,
+            warmup_steps=3,
             eval_every=4,
             every_steps=5,
             workdir=workdir,
@@ -582,7 +595,7 @@ def test_it_stops_at_the_time_limit_and_keeps_the_best(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         params = checkpoints.restore({"params": {"w": jax.ShapeDtypeStruct((2,), np.float32)}}, "best")["params"]
     np.testing.assert_array_equal(params["w"], 8.0)
-    assert step.annealings == pytest.approx([annealing(0.5 * i / 6.4) for i in range(13)])
+    assert step.rates == pytest.approx([learning_rate_share(0.5 * i / 6.4, i, 3) for i in range(13)])
 
 
 def test_a_stop_saves_and_the_next_sitting_takes_the_time_that_is_left(tmp_path, monkeypatch):
@@ -596,7 +609,7 @@ def test_a_stop_saves_and_the_next_sitting_takes_the_time_that_is_left(tmp_path,
     assert loop.finished
     assert loop.progress.step == 13
     assert (evaluated, steps, best) == ([8, 12, 13], [8, 13], 8)
-    assert step.annealings[0] == pytest.approx(annealing(3.0 / 6.4))
+    assert step.rates[0] == pytest.approx(learning_rate_share(3.0 / 6.4, 6, 3))
 
 
 def test_a_run_of_some_steps_takes_them_whatever_the_time(tmp_path, monkeypatch):
@@ -606,7 +619,7 @@ def test_a_run_of_some_steps_takes_them_whatever_the_time(tmp_path, monkeypatch)
     loop, step, evaluated, steps, _ = run_loop(tmp_path, monkeypatch, budget=budget, first_step=6)
     assert loop.finished
     assert (loop.progress.step, evaluated) == (10, [8, 10])
-    assert step.annealings == pytest.approx([annealing(i / 10) for i in range(6, 10)])
+    assert step.rates == pytest.approx([learning_rate_share(i / 10, i, 3) for i in range(6, 10)])
 
 
 def test_a_stop_before_the_first_step_is_saved_too(tmp_path, monkeypatch, capsys):
@@ -626,7 +639,7 @@ def test_the_time_left_is_that_of_the_steps_left():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    loop = TwinLoop(Budget(num_steps=4), 4, 5, tmp_path, None, None, Stop(), None, Progress(0, step=3))
+    loop = TwinLoop(Budget(num_steps=4), 3, 4, 5, tmp_path, None, None, Stop(), None, Progress(0, step=3))
     with pytest.raises(UserError, match=r"not finite at step 3 \(loss=nan\)"):
         loop._report({"loss": math.nan, "grad_norm": 1.0})
 
@@ -706,9 +719,13 @@ def test_one_command_trains_evaluates_and_samples(tmp_path, animals):
     result = json.loads((tmp_path / "run/eval.json").read_text())
     assert result["dropout"] == 0.05
     assert result["training_seconds"] <= 3.0 + 2.0
-    assert 0 < result["held_out"]["nats_per_token"] < 12
-    assert 0 < result["bits_per_byte"]["with_prompt"]["value"] < 8
-    assert 0 <= result["infill_accuracy"]["1"]["true"] <= 1
+    # A few seconds teach it the frequencies of the tokens at least, and nothing of an order that is wrong.
+    bits = {name: of["value"] for name, of in result["bits_per_byte"].items()}
+    assert bits["with_prompt"] != bits["without_prompt"]
+    assert bits["with_prompt"] < bits["frequencies"] + 0.3
+    assert bits["with_prompt"] < bits["shuffled"]
+    assert result["training_tokens"] > 0 and result["parameters"] > 10_000
+    assert result["judged"]["texts"] == 2
     assert {"samples", "real text"} <= result["samples"].keys()
     assert result["sampling"]["temperature"] == samples[0]["temperature"] == 0.5
     assert list((tmp_path / "run/eval_validation").glob("events.*"))

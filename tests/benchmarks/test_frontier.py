@@ -16,10 +16,25 @@ def run(program, *arguments, folder):
 
 
 def test_the_chart_is_drawn(tmp_path):
-    figures = {"perplexity": 100.0, "entropy_within_text": 5.0}
-    points = [{"kind": kind, "label": "1", **figures, "real": figures} for kind in ("temperature", "twin, 30 min")]
+    import matplotlib.pyplot as plt
+
+    real = {"perplexity": 20.0, "entropy_within_text": 5.0}
+    points = [
+        {"kind": kind, "label": "1", "perplexity": 20.0 * ratio, "entropy_within_text": 5.0 + more, "real": real}
+        for kind, ratio, more in (
+            ("temperature", 4.0, -0.5),
+            ("temperature", 8.0, 0.25),
+            ("twin, 30 min", 2.0, 0.0),
+        )
+    ]
     frontier_points.draw(points, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = plt.gcf().axes
+    drawn = {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines}
+    plt.close()
+    assert drawn["temperature"] == ([-0.5, 0.25], [4.0, 8.0])
+    assert drawn["twin, 30 min"] == ([0.0], [2.0])
+    assert drawn["real text"] == ([0], [1])
 
 
 @pytest.mark.slow

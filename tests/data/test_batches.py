@@ -117,7 +117,9 @@ def test_rows_without_prompts():
     split = make_split(phrasings=0)
     source, config = make_source(split)
     assert not source[0].prompt.mask.any() and (source[0].prompt.inputs == -1).all()
-    assert not any(batch.prompt.mask.any() for batch in held_out_rows(split, 50, config, prompts))
+    assert not any(
+        batch.prompt.mask.any() for batch in held_out_rows(split, held_out_row_numbers(split, 50, config), prompts)
+    )
 
 
 def test_too_few_rows_for_one_step():
@@ -129,8 +131,8 @@ def test_too_few_rows_for_one_step():
 def test_held_out_rows_are_fixed_and_of_every_length():
     split = make_split(seed=1)
     _, config = make_source()
-    batches = held_out_rows(split, 100, config, prompts)
     numbers = held_out_row_numbers(split, 100, config)
+    batches = held_out_rows(split, numbers, prompts)
     assert len(batches) == len(numbers)
     seen = []
     for batch, (length, rows) in zip(batches, numbers, strict=True):
@@ -146,7 +148,7 @@ def test_held_out_rows_are_fixed_and_of_every_length():
     assert abs(split.lengths[seen].mean() - split.lengths.mean()) < 6, "not the shortest or longest alone"
     everything = np.concatenate([rows for _, rows in held_out_row_numbers(split, 10_000, config)])
     assert sorted(everything[everything >= 0]) == list(range(split.num_rows))
-    assert held_out_rows(make_split(num_rows=0), 100, config, prompts) == []
+    assert held_out_row_numbers(make_split(num_rows=0), 100, config) == []
 
 
 def test_most_of_a_micro_step_on_the_default_corpus_is_text(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.schedules import make_schedule
-from sunfish_jax.evaluation.bound import bits_per_byte, frequency_figure
+from sunfish_jax.evaluation.bound import bits_per_byte
 from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.models.prompt import Prompt
 
@@ -78,9 +78,3 @@ def test_the_standard_error_is_that_of_repeated_measurements(text):
         errors.append(bound.standard_error)
     assert 0.4 < np.std(values, ddof=1) / np.mean(errors) < 2.0
     assert all(map(math.isfinite, errors))
-
-
-def test_frequencies_alone_cost_the_entropy_of_even_tokens(text):
-    """Three bits for each of eight tokens as frequent as one another, which stands for two bytes."""
-    even = {"log_unigram": np.full(VOCAB, -math.log(VOCAB), np.float32)}
-    assert frequency_figure({"with prompt": text}, even) == {"value": pytest.approx(1.5)}

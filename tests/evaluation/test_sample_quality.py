@@ -83,7 +83,7 @@ def test_without_prompts_and_without_the_outside_model(monkeypatch):
     untitled = [Example(article.text) for article in ARTICLES]
     judge = QualityJudge(TRAIN, untitled, [article.text for article in untitled])
     assert judge.missing == "it is not installed"
-    assert judge.among is None
+    assert judge.extent == {"texts": 2, "among": 0, "with_topic": 0}
     assert not {"perplexity", "topic_accuracy", "minilm_top_1"} & set(judge.figures(["a fox", "a city"]))
 
 

@@ -58,14 +58,6 @@ def test_token_counts_are_those_of_the_training_text(prepared):
     assert counts[token] == (tokens == token).sum()
 
 
-def test_held_out_batches_are_validation_rows(config, prepared):
-    batches = prepared.held_out_batches(config)
-    real = sum(int(batch.padding_mask.sum()) for batch in batches)
-    # Fewer rows than eval.num_rows asks for: all of them.
-    assert prepared.splits["validation"].num_rows < config.eval.num_rows
-    assert real == len(prepared.splits["validation"].tokens)
-
-
 @pytest.mark.parametrize(
     ("key", "words"),
     [("data", "text of data.source"), ("tokenizer", "tokenizer"), ("prompt_encoder", "prompt encoder")],

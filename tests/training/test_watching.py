@@ -13,29 +13,37 @@ PREPARED = types.SimpleNamespace(
     model="model",
     tokenizer="tokenizer",
     prompt_encoder="encoder",
-    held_out_batches=lambda config: ["first batch", "second batch"],
+    splits={"validation": "validation text"},
 )
+CONFIG = types.SimpleNamespace(eval=types.SimpleNamespace(num_rows=7))
 
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    def held_out(model, params, rows, *, log_unigram):
-        assert log_unigram is params["log_unigram"]
+    def held_out(model, params, rows):
+        assert params.keys() == STATE.ema_params.keys()
         return {"held_out/mean": float(len(list(rows)))}
 
+    class TextRows:
+        @staticmethod
+        def of(split, num_rows, config, encoder):
+            assert (split, num_rows, config, encoder) == ("validation text", 7, CONFIG, "encoder")
+            return types.SimpleNamespace(rows=["first batch", "second batch"])
+
+    monkeypatch.setattr(watching, "TextRows", TextRows)
     monkeypatch.setattr(watching, "held_out_cross_entropy", held_out)
     monkeypatch.setattr(watching, "nearest_neighbour_distance", lambda model, params: np.float32(0.5))
     monkeypatch.setattr(watching, "encode_prompts", lambda encoder, prompts: prompts)
 
 
 def test_the_averaged_parameters_are_evaluated_on_all_held_out_rows():
-    figures = make_evaluate(None, PREPARED, stop=False)(STATE)
+    figures = make_evaluate(CONFIG, PREPARED, stop=False)(STATE)
     assert figures == {"held_out/mean": 2.0, "embeddings/nearest_neighbour_distance": 0.5}
 
 
 def test_an_evaluation_gives_way_to_a_stop():
     with pytest.raises(Stopped):
-        make_evaluate(None, PREPARED, stop=True)(STATE)
+        make_evaluate(CONFIG, PREPARED, stop=True)(STATE)
 
 
 def test_there_is_a_sample_for_each_prompt_and_one_without(monkeypatch):
