@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1
     # `auto` picks bfloat16 where the processor multiplies it faster than float32.
     model.compute_dtype = "auto"
-    # Recompute each layer's activations in the backward pass: about a third slower, much less memory.
+    # Recompute each layer's activations in the backward pass: about a tenth slower, half the memory for them.
     model.remat = False
 
     config.prompt_encoder = prompt_encoder = ConfigDict()
@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     sampling.guidance_scale = 1.0
     # The part of the noise range, as quantiles u of the schedule, in which guidance acts.
     sampling.guidance_interval = (0.1, 0.9)
-    # Divides the logits. At 0.6 texts have about the variety of real ones (docs/experiments.md).
+    # Divides the logits. At 0.6 texts are a little less varied than real ones (docs/experiments.md).
     sampling.temperature = 0.6
     # What an infilling `[MASK]` without a length may grow to, in tokens.
     sampling.max_gap = 8

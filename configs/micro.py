@@ -1,4 +1,4 @@
-"""41.6 M parameters: the recommended model on a 16-core CPU.
+"""41.3 M parameters: the recommended model on a 16-core CPU.
 
 uv run main.py --config=configs/micro.py --workdir=workdir
 """

@@ -87,5 +87,5 @@ def test_gaps_are_filled_to_fit_both_sides(tmp_path):
     gaps = train(tmp_path)["infill_accuracy"]
     for size in ("1", "2", "4"):
         gap = gaps[size]
-        assert gap["true"] - gap["shuffled"] > max(0.2, 3 * gap["standard_error"])
+        assert gap["true"] - gap["shuffled"] > max(0.2, 3 * gap["margin_error"])
         assert gap["true"] > gap["unigram"] + 0.2
