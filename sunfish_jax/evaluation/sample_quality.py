@@ -53,14 +53,17 @@ class QualityJudge:
 
         Args:
             train: The training examples.
-            articles: Held-out articles, one for each text to be measured. If all have prompts, texts answer them.
+            articles: Held-out articles, one for each text to be measured. If all have prompts, texts answer them;
+                whether they do is asked of the first ones, up to the first prompt that is there again.
             real: The articles' `beginnings`.
         """
         self._train_texts = [example.text for example in train]
         self._real = real
         self._index = NgramIndex(self._train_texts, _OVERLAPS)
-        prompted = all(article.prompts for article in articles)
-        self._adherence = AdherenceJudge(train, articles) if prompted else None
+        prompts = prompts_of(articles)
+        self._told_apart = next((i for i in range(len(prompts)) if prompts[i] in prompts[:i]), len(prompts))
+        prompted = None not in prompts and self._told_apart > 1
+        self._adherence = AdherenceJudge(train, articles[: self._told_apart]) if prompted else None
         among, with_topic = (self._adherence.among, self._adherence.num_with_topic) if prompted else (0, 0)
         self.extent = {"texts": len(articles), "among": among, "with_topic": with_topic}
         self._judge, self.missing = None, None
@@ -76,7 +79,7 @@ class QualityJudge:
             figures["perplexity"] = self._judge.perplexity(texts)
         figures |= text_statistics(texts, self._index)
         if self._adherence is not None:
-            adherence = self._adherence(texts)
+            adherence = self._adherence(texts[: self._told_apart])
             for name, share in adherence.own.items():
                 figures[name] = share
                 figures[f"{name}_wrong_prompt"] = adherence.wrong[name]
@@ -127,16 +130,23 @@ def beginnings(articles: Sequence[Example], tokenizer, length: int) -> list[str]
 def articles_to_write(examples: Sequence[Example], rows: TokenizedSplit, tokenizer, num: int) -> list[Example]:
     """The held-out articles that samples are to be compared with, one for each sample.
 
+    Those with prompts that tell them apart come first, and then others with the same prompts.
+
     Args:
         examples: The held-out examples.
-        rows: The same, tokenized. Where prompts do not tell the examples apart, some of these are the articles.
+        rows: The same, tokenized. Where prompts do not tell any examples apart, some of these are the articles.
         tokenizer: Of the rows.
         num: How many, or all there are.
     """
-    if articles := prompted_articles(examples, num):
-        return articles
-    chosen = np.random.default_rng(0).permutation(rows.num_rows)[:num]
-    return [Example(decode(rows.row(row), tokenizer)) for row in chosen]
+    rng = np.random.default_rng(0)
+    articles = prompted_articles(examples, num)
+    if not articles:
+        return [Example(decode(rows.row(row), tokenizer)) for row in rng.permutation(rows.num_rows)[:num]]
+    there = set(map(id, articles))
+    more = [
+        example for example in examples if example.prompts and example.text.strip() and id(example) not in there
+    ]
+    return articles + [more[i] for i in rng.permutation(len(more))[: num - len(articles)]]
 
 
 def prompts_of(articles: Sequence[Example]) -> list[str | None]:

@@ -6,7 +6,14 @@ from sunfish_jax.data.examples import Example
 from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation import sample_quality
-from sunfish_jax.evaluation.sample_quality import REAL, SAMPLES, QualityJudge, beginnings, format_table
+from sunfish_jax.evaluation.sample_quality import (
+    REAL,
+    SAMPLES,
+    QualityJudge,
+    articles_to_write,
+    beginnings,
+    format_table,
+)
 
 TRAIN = [
     Example("The dog is a domestic animal that barks at night.", ("Dog",), "animals"),
@@ -73,6 +80,25 @@ def test_real_text_has_as_many_tokens_as_a_sample():
     assert ARTICLES[0].text.startswith(fox) and ARTICLES[1].text.startswith(madrid)
     assert len(tokenizer(fox)["input_ids"]) == 9
     assert beginnings(ARTICLES, tokenizer, 999) == [article.text for article in ARTICLES]
+
+
+def test_as_many_texts_are_written_as_are_asked_for_though_prompts_are_few():
+    moods = [Example(f"text {i}", ("glad" if i % 3 else "sad",)) for i in range(12)]
+    articles = articles_to_write(moods, None, None, 7)
+    assert len({article.text for article in articles}) == 7
+    assert {articles[0].prompts, articles[1].prompts} == {("glad",), ("sad",)}
+    assert len(articles_to_write(moods, None, None, 99)) == 12
+
+
+def test_whether_prompts_are_kept_to_is_asked_where_they_differ(judge):
+    again = [*ARTICLES, ARTICLES[0]]
+    more = QualityJudge(TRAIN, again, [article.text for article in again])
+    assert more.extent == {"texts": 3, "among": 2, "with_topic": 2}
+    texts = ["a fox", "a city of Spain", "London " * 9]
+    of_three, of_two = more.figures(texts), judge.figures(texts[:2])
+    assert of_three["entropy"] != of_two["entropy"]
+    for name in ("minilm_top_1", "tfidf_top_1", "topic_accuracy"):
+        assert of_three[name] == of_two[name]
 
 
 def test_without_prompts_and_without_the_outside_model(monkeypatch):
