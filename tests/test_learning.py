@@ -72,7 +72,7 @@ def test_a_small_model_learns_order_and_prompts(tmp_path):
     # The prompt tells the animal and its place.
     bounds = result["bits_per_byte"]
     difference = bounds["without_prompt"]["value"] - bounds["with_prompt"]["value"]
-    assert difference > 2 * max(bounds[name]["standard_error"] for name in bounds)
+    assert difference > 2 * max(bounds[name]["standard_error"] for name in ("with_prompt", "without_prompt"))
 
     prompts = [f"--prompt=Write about a {animal}" for animal in PLACES]
     main(tmp_path, "--mode=sample", *prompts, "--num_samples=4", "--seq_len=32", "--output=samples.jsonl")
