@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from sunfish_jax.training.progress import Progress
+from sunfish_jax.workdir.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sunfish_jax.generation.options import SampleOptions
 from sunfish_jax.generation.output import decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import PromptEncoder, encode_prompts
-from sunfish_jax.training.progress import Progress
+from sunfish_jax.workdir.progress import Progress
 from sunfish_jax.workdir.run import DATA_FOLDER
 
 

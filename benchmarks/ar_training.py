@@ -28,13 +28,13 @@ from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.interrupt import StopRequest
 from sunfish_jax.training.loop import CompiledStep
 from sunfish_jax.training.preparation import Prepared, begin_workdir, check_workdir, prepare_run
-from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
 from sunfish_jax.training.sharding import DATA_AXIS, make_mesh, state_shardings
 from sunfish_jax.training.state import make_optimizer
 from sunfish_jax.training.step import TrainStep, ema_decay
 from sunfish_jax.training.watching import on_one_device
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, has_config, load_config, record_config
+from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 from sunfish_jax.workdir.writers import make_writer, metric_writers
 
@@ -253,9 +253,13 @@ def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int)
             )
             first_step = checkpoints.resolve("latest")
             state = checkpoints.restore(abstract, first_step)
+            progress = load_totals(workdir, first_step, 0)
+            if budget.spent(progress) >= 1.0:
+                # It is only evaluated, as what it was trained as.
+                config.model.dropout = saved.model.dropout
             record_config(workdir, config, first_step)
         else:
-            first_step = 0
+            first_step, progress = 0, load_totals(workdir, 0, 0)
             state = jax.jit(create, out_shardings=shardings)()
             begin_workdir(workdir, config, prepared)
             (workdir / TWIN_FILE).touch()
@@ -271,7 +275,7 @@ def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int)
             writer=writer,
             stop=stack.enter_context(StopRequest()),
             evaluate=make_evaluate(config, prepared, model),
-            progress=load_totals(workdir, first_step, 0),
+            progress=progress,
         )
         batches = batch_iterator(prepared.training_batches(config), first_step)
         loop.run(state, CompiledStep(make_twin_step(config, model, mesh)), batches)

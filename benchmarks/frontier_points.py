@@ -68,7 +68,7 @@ def measure(
         raise UserError(judge.missing)
     prompts = [article.prompts[0] for article in articles]
     # Before the first point, so that a folder that cannot be read costs no wait.
-    others = {name: open_beside(folder, run.data_identity) for name, folder in beside.items()}
+    others = {name: open_beside(folder, run.data_identity, length) for name, folder in beside.items()}
     base = Settings.make(run.config.sampling)
 
     @functools.cache
@@ -98,16 +98,22 @@ def measure(
     return measured
 
 
-def open_beside(workdir: Path, data_identity: str) -> Callable[[float], Subject]:
-    """The run or the twin in `workdir`, to write at any temperature.
+def open_beside(workdir: Path, data_identity: str, length: int) -> Callable[[float], Subject]:
+    """The run or the twin in `workdir`, to write texts of `length` tokens at any temperature.
 
     Raises:
-        UserError: It was trained on another corpus than `data_identity`, and may have seen what it is to write.
+        UserError: It was trained on another corpus than `data_identity`, and may have seen what it is to write; or
+            on shorter texts.
     """
     is_twin = (workdir / TWIN_FILE).is_file()
     run = open_twin(workdir) if is_twin else load_run(workdir)
     if (run.prepared.identity["data"] if is_twin else run.data_identity) != data_identity:
         raise UserError(f"--beside=...={workdir} was trained on another corpus: name a run on the same one")
+    if run.config.model.block_size < length:
+        raise UserError(
+            f"--beside=...={workdir} has model.block_size={run.config.model.block_size}, and texts of {length} "
+            "tokens are to be written: name a run with a larger one"
+        )
     if is_twin:
         return functools.partial(TwinSubject, run)
     settings = Settings.make(run.config.sampling)

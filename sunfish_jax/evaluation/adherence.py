@@ -58,8 +58,9 @@ class Adherence:
 
     Attributes:
         own: Each text judged by its own prompt.
-        wrong: Each text judged by every prompt but its own: the chance floor. Retrieval is then near 1 % and 10 %
-            of 100 by nature; topic accuracy is what the most frequent topics give for nothing.
+        wrong: Each text judged by every prompt but its own. Topic accuracy is then what the most frequent topics
+            give for nothing. Retrieval follows from `own` by counting: what is not in a place is in another, so it
+            is 1 % and 10 % of 100 for texts that ignore their prompts, and less the better texts keep to them.
     """
 
     own: dict[str, float]

@@ -31,7 +31,7 @@ from sunfish_jax.evaluation.text_rows import REFERENCES, TextRows, likelihood_te
 from sunfish_jax.generation.gaps import ANY, allowed_tokens
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import PromptEncoder
-from sunfish_jax.training.progress import Progress
+from sunfish_jax.workdir.progress import Progress
 
 
 class Subject(Protocol):

@@ -25,13 +25,13 @@ from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import PromptEncoder, encode_prompts
-from sunfish_jax.training.progress import Progress, load_totals
+from sunfish_jax.workdir.progress import Progress, load_totals
 from sunfish_jax.workdir.run import DATA_FOLDER, Run, load_run
 
 # Gaps are compared with what stood there: a likely token is asked for, not one of many.
 _INFILL_STEPS, _INFILL_TEMPERATURE = 16, 0.1
-# What is only there to compare with gets this share of the draws.
-_ROUGH = 4
+# What is only there to compare with gets so many times fewer draws.
+_FEWER_DRAWS = 4
 
 
 def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
@@ -123,7 +123,7 @@ class Denoiser:
     def likelihood(self, text: TextRows, rough: bool) -> BitsPerByte:
         """The bound in bits a byte."""
         run = self.run
-        draws = max(1, run.config.eval.bound_draws // (_ROUGH if rough else 1))
+        draws = max(1, run.config.eval.bound_draws // (_FEWER_DRAWS if rough else 1))
         return bits_per_byte(run.model, run.params, run.schedule, text, num_draws=draws)
 
     def fill(self, known: Known, prompt: Prompt, keys: jax.Array) -> np.ndarray:

@@ -28,7 +28,8 @@ _BASE = np.uint64(0x9E3779B97F4A7C17)
 
 def words(text: str) -> list[str]:
     """The words of a text, in lower case."""
-    return WORD.findall(text.lower())
+    # In this order: a letter can become two characters, of which one belongs to no word.
+    return [word.lower() for word in WORD.findall(text)]
 
 
 def pooled_entropy(sequences: Iterable[Sequence[Hashable]]) -> float:

@@ -26,13 +26,13 @@ from sunfish_jax.training.preparation import (
     check_workdir,
     prepare_run,
 )
-from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
 from sunfish_jax.training.step import TrainStep, make_train_step
 from sunfish_jax.training.watching import HELD_OUT_MEAN, Evaluate, Sample, Stopped, make_evaluate, make_sample
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, load_config, record_config
+from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 from sunfish_jax.workdir.writers import make_writer, metric_writers
 

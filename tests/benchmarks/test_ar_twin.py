@@ -31,9 +31,9 @@ from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.training.progress import Progress, load_totals
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.workdir.checkpoints import Checkpoints
+from sunfish_jax.workdir.progress import Progress, load_totals
 from sunfish_jax.workdir.run import load_run
 
 ROOT = Path(__file__).parents[2]
@@ -727,14 +727,19 @@ def test_one_command_trains_evaluates_and_samples(tmp_path, animals):
     assert result["training_tokens"] > 0 and result["parameters"] > 10_000
     assert result["judged"]["texts"] == 2
     assert {"samples", "real text"} <= result["samples"].keys()
+    assert {"entropy", "overlap_4", "mean_words_whole"} <= result["samples"]["samples"].keys()
+    assert result["infill_accuracy"].keys() == {"1", "2", "4", "8"}
+    assert result["held_out"]["nats_per_token"] > 0
     assert result["sampling"]["temperature"] == samples[0]["temperature"] == 0.5
     assert list((tmp_path / "run/eval_validation").glob("events.*"))
 
     # The time is over: the same command evaluates and samples again, and gets the same.
+    command.remove("--dropout=0.05")
     again = ar_twin(*command, folder=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "compiled the step" not in again.stdout
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == samples
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == result
     # Whoever takes it for a denoiser is told so.
     with pytest.raises(UserError, match="another architecture"):
         load_run(tmp_path / "run")

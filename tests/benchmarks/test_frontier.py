@@ -2,9 +2,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import frontier_points
 import pytest
+from ml_collections import ConfigDict
+
+from sunfish_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +81,17 @@ def test_settings_and_another_run_are_measured_for_the_same_prompts(tmp_path, an
     # The same run beside itself writes the same texts, and a twin at another temperature others.
     assert by_point["again", "0.1"] == by_point["temperature", "0.1"]
     assert by_point["twin", "0.1"]["entropy"] < by_point["twin", "1.0"]["entropy"]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "block_size", "message"),
+    [("another", 64, "was trained on another corpus"), ("this", 63, r"model\.block_size=63, and texts of 64")],
+)
+def test_a_run_that_cannot_be_compared_is_refused(tmp_path, monkeypatch, corpus, block_size, message):
+    run = SimpleNamespace(config=ConfigDict({"model": {"block_size": block_size}}), data_identity=corpus)
+    monkeypatch.setattr(frontier_points, "load_run", lambda workdir: run)
+    with pytest.raises(UserError, match=message):
+        frontier_points.open_beside(tmp_path, "this", 64)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from agreement import Inputs, moved, our_logits, plain_logits
 from encoders import FrozenEncoder
 from flax.traverse_util import flatten_dict, unflatten_dict
 from plain_flax import make_plain, make_plain_optimizer, make_plain_state, make_plain_step, plain_params
+from random_batch import random_batch
 
 from configs import nano
-from sunfish_jax.data.batches import Batch
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.sharding import make_mesh
@@ -39,20 +39,6 @@ def config():
 @pytest.fixture(scope="module")
 def model(config):
     return make_model(config, config.tokenizer.vocab_size, ENCODER)
-
-
-def make_batch(config, rows=16, length=16, prompt_length=8) -> Batch:
-    rng = np.random.default_rng(0)
-    shape = (config.train.accumulate_steps, rows)
-    return Batch(
-        tokens=rng.integers(0, config.tokenizer.vocab_size, (*shape, length), np.int32),
-        padding_mask=np.ones((*shape, length), bool),
-        known_mask=rng.random((*shape, length)) < 0.1,
-        prompt=Prompt(
-            inputs=rng.standard_normal((*shape, prompt_length, ENCODER.output_dim)).astype(np.float16),
-            mask=np.ones((*shape, prompt_length), bool),
-        ),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +76,7 @@ def test_the_trees_hold_the_same_weights(config, model):
 
 
 def test_its_step_trains_from_our_loss_on(config, model):
-    batch = make_batch(config)
+    batch = random_batch(config, ENCODER.output_dim)
     state, mesh = create_state(config, model), make_mesh(1)
     plain_state = make_plain_state(config, plain_params(state.params), mesh)
     # Our step gives its arrays up; the plain one has its own.

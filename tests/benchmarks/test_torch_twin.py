@@ -9,15 +9,14 @@ import pytest
 from agreement import Inputs, difference, moved, our_logits, twin_logits
 from encoders import FrozenEncoder
 from flax.traverse_util import flatten_dict, unflatten_dict
+from random_batch import random_batch
 from sampling_comparison import Sampled, Task
 from torch_peers import TwinSteps, make_twin
 
 from configs import nano
-from sunfish_jax.data.batches import Batch
 from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.models.denoiser import make_model
-from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.sharding import make_mesh
 from sunfish_jax.training.state import create_state
 from sunfish_jax.training.step import make_train_step
@@ -83,22 +82,8 @@ def test_the_inputs_of_that_comparison_reach_every_part(torch, model, moved_para
     assert np.abs(logits - twin_logits(torch, Inputs.random(model))).max() > 1e-3
 
 
-def make_batch(config, rows=16, length=16, prompt_length=8) -> Batch:
-    rng = np.random.default_rng(0)
-    shape = (config.train.accumulate_steps, rows)
-    return Batch(
-        tokens=rng.integers(0, config.tokenizer.vocab_size, (*shape, length), np.int32),
-        padding_mask=np.ones((*shape, length), bool),
-        known_mask=rng.random((*shape, length)) < 0.1,
-        prompt=Prompt(
-            inputs=rng.standard_normal((*shape, prompt_length, ENCODER.output_dim)).astype(np.float16),
-            mask=np.ones((*shape, prompt_length), bool),
-        ),
-    )
-
-
 def test_its_step_trains_from_our_loss_on(torch, config, model, state):
-    batch = make_batch(config)
+    batch = random_batch(config, ENCODER.output_dim)
     make_twin(torch, model, state.params)
     twin = TwinSteps(torch, config, state.schedule)
     ours = jax.tree.map(jnp.copy, state)
@@ -115,7 +100,7 @@ def test_its_step_trains_from_our_loss_on(torch, config, model, state):
 def test_it_samples_our_tokens_from_our_noise(torch, config, model, state, moved_params):
     sampled = Sampled("nano", config, model, moved_params, state.schedule, None)
     make_twin(torch, model, sampled.params)
-    prompt = jax.tree.map(lambda leaf: leaf[0, :3], make_batch(config).prompt)
+    prompt = jax.tree.map(lambda leaf: leaf[0, :3], random_batch(config, ENCODER.output_dim).prompt)
     settings = dataclasses.replace(Settings.make(config.sampling), scheduler="ddim", num_steps=8, temperature=1.0)
     task = Task(prompt, sample_keys(0, np.arange(3)), 24, settings)
     ours = task.sample(sampled)

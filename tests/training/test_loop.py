@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.training.loop import CompiledStep, Loop
-from sunfish_jax.training.progress import Progress, load_totals
 from sunfish_jax.training.watching import HELD_OUT_MEAN, Stopped
+from sunfish_jax.workdir.progress import Progress, load_totals
 
 
 def batch(length=8, real=5):

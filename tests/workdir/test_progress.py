@@ -2,7 +2,7 @@
 
 import pytest
 
-from sunfish_jax.training.progress import Progress, format_seconds, load_totals, save_totals
+from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
 
 
 class Clock:
