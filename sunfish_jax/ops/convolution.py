@@ -5,6 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# How many products are added in one pass over both factors of the kernel's gradient.
+_PARTS = 4
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_convolution(x: jax.Array, kernel: jax.Array, causal: bool = False) -> jax.Array:
@@ -42,9 +45,15 @@ def _backward(causal, residuals, g):
     x, kernel = residuals
     before, after = _reach(kernel, causal)
     d_x = sum(tap * part for tap, part in zip(kernel[::-1], _shifted(g, (after, before)), strict=True))
-    # Row by row in one fusion first: XLA:CPU multiplies and adds in one pass only where it adds few.
-    products = [sum(g[row] * part[row] for row in range(len(g))) for part in _shifted(x, (before, after))]
-    d_kernel = jax.lax.optimization_barrier(jnp.stack(products)).sum(axis=1)
+    # A quarter of each row at a time in one fusion first: XLA:CPU multiplies and adds in one pass only where it
+    # adds few, and each of them is code of its own.
+    unfilled = -x.shape[1] % _PARTS
+    parts_of_g = jnp.split(jnp.pad(g, ((0, 0), (0, unfilled), (0, 0))), _PARTS, axis=1)
+    products = []
+    for shifted in _shifted(jnp.pad(x, ((0, 0), (0, unfilled), (0, 0))), (before, after)):
+        pairs = zip(parts_of_g, jnp.split(shifted, _PARTS, axis=1), strict=True)
+        products.append(sum(part_of_g * part for part_of_g, part in pairs))
+    d_kernel = jax.lax.optimization_barrier(jnp.stack(products)).sum(axis=(1, 2))
     return d_x, d_kernel
 
 

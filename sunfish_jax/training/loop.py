@@ -271,9 +271,14 @@ class Loop:
         return self.progress.step % every_steps == 0 or self.progress.step == self.progress.num_steps
 
     def _once_free(self, name: str, action: Callable):
-        """Does something whose first time is mostly compiling, and leaves that one out of the time left."""
+        """Does something whose first time is mostly compiling, and leaves that one out of the time left.
+
+        Its programs are not kept for the next time, which is far: they would take 0.1 GB beside those of the step, and
+        are back from the compilation cache in seconds.
+        """
         began = time.monotonic()
         result = action()
+        jax.clear_caches()
         give_back_freed_memory()
         if name not in self._done_once:
             self._done_once.add(name)
