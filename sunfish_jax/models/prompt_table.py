@@ -32,7 +32,7 @@ class PromptTable:
         encoder: PromptEncoder,
         num_prompts: int,
         texts: Callable[[np.ndarray], list[str]],
-        cache_bytes: int = 2**29,
+        cache_bytes: int = 2**27,
     ):
         """Measures the prompts.
 

@@ -58,6 +58,8 @@ def _attention_backward(causal, residuals, g):
     # Where a query attends to nothing p is 0, and so are the gradients.
     del causal
     q, k, v, p = residuals
+    # With the barrier p's transposed copy waits for the backward pass, and is not kept beside p till then.
+    p, g = jax.lax.optimization_barrier((p, g))
     g = row_major(g.astype(v.dtype))
     d_v = _batched(transposed_copy(p), g, 2).astype(v.dtype)
     d_p = _batched(g, v, 3)

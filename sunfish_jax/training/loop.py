@@ -273,8 +273,8 @@ class Loop:
     def _once_free(self, name: str, action: Callable):
         """Does something whose first time is mostly compiling, and leaves that one out of the time left.
 
-        Its programs are not kept for the next time, which is far: they would take 0.1 GB beside those of the step, and
-        are back from the compilation cache in seconds.
+        Its programs are not kept for the next time, which is far: they would take 0.1 GB beside those of the step,
+        and are back from the compilation cache in seconds.
         """
         began = time.monotonic()
         result = action()

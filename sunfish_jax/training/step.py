@@ -161,7 +161,8 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         microbatches = (jnp.arange(gamma.shape[0]), batch, gamma)
         grads, row_losses = jax.lax.scan(accumulate, zeros, microbatches)
-        return jax.lax.psum(grads, DATA_AXIS), row_losses
+        # A sum over one device would be a second copy of all gradients.
+        return grads if mesh.size == 1 else jax.lax.psum(grads, DATA_AXIS), row_losses
 
     rows = P(None, DATA_AXIS)
     summed_gradients = jax.shard_map(
