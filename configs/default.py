@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     data.prompt_key = "prompt"
     # Rows come in this many lengths at most, chosen to waste the fewest positions on padding. The step is compiled
     # for each: for `micro` that takes seconds, 85 MB, and 2,500 of the 65,530 memory maps that Linux gives a
-    # process. With 12 it would train 4 % faster, in 0.35 GB more.
+    # process. Of its positions 90 % are real tokens; with 12 lengths it would be 93 %.
     data.num_buckets = 8
 
     config.tokenizer = tokenizer = ConfigDict()
