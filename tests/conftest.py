@@ -1,4 +1,12 @@
-"""Two host devices for every test, set before anything starts JAX's backend."""
+"""What is set before anything starts JAX's backend: one compilation cache for all tests, and two host devices."""
+
+import os
+import tempfile
+
+# Many tests compile the same programs, and so do the processes that some of them start. Those inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="sunfish_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 
 import jax
 

@@ -1,7 +1,6 @@
 """The real `main.py`, from a person's own file to text: train, stop, resume, sample, infill, eval."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -42,12 +41,9 @@ def folder(tmp_path_factory):
 
 
 def main(folder, *arguments):
-    # Steps compiled by one process are found by the next.
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *arguments],
         cwd=folder,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
