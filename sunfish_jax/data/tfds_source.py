@@ -8,14 +8,12 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from absl import logging
 
-from sunfish_jax.data.corpus import NO_TOPIC, VitalArticles, corpus_file
-from sunfish_jax.data.examples import Example, file_digest, split_of, uniform_hash
-from sunfish_jax.data.prompts import article_prompts
+from sunfish_jax.data.examples import Example, split_of, uniform_hash
 from sunfish_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without TFDS's reports of every file it looks at; its progress bars stay."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
@@ -24,29 +22,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
-
-
-class DefaultCorpus:
-    """The `vital_articles` corpus, prepared once under `data_dir`."""
-
-    continuous = False
-
-    def __init__(self, data_dir: Path):
-        digest = file_digest([corpus_file()])
-        with _quiet():
-            self._builder = VitalArticles(data_dir=str(data_dir), file_format="array_record")
-            self._builder.download_and_prepare()  # Shows a progress bar; returns at once where it is prepared.
-        self.identity = f"{self._builder.info.full_name}:{digest}"
-
-    def examples(self, split: str) -> Iterator[Example]:
-        with _quiet():
-            rows = self._builder.as_data_source(split)
-        for row in rows:
-            title, description, topic, text = (
-                row[key].decode() for key in ("title", "description", "topic", "text")
-            )
-            prompts = article_prompts(title, description, topic)
-            yield Example(text, prompts, topic=None if topic == NO_TOPIC else topic)
 
 
 class TfdsDataset:
@@ -80,7 +55,7 @@ class TfdsDataset:
 
     def _rows(self, split: str):
         try:
-            with _quiet():
+            with quiet():
                 return self._builder.as_data_source(split)
         except (NotImplementedError, ValueError) as error:
             raise UserError(
@@ -99,7 +74,7 @@ def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     reason = ""
     for folder in (str(data_dir), None):
         try:
-            with _quiet():
+            with quiet():
                 builder = tfds.builder(name, data_dir=folder)
         except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]

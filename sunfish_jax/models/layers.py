@@ -1,5 +1,8 @@
 """The parts of the denoiser: norms, heads, noise-level features, one transformer layer."""
 
+import functools
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -83,49 +86,80 @@ class TransformerLayer(nn.Module):
         Returns:
           [k*B, S, W] float32.
         """
-        batch, (_, length, width) = len(prompts[0][0]), x.shape
-
-        def kernel(name, rows, columns, init=None):
-            init = init or kernel_init(rows)
-            return self.param(name, init, (rows, columns)).astype(self.dtype)
-
-        # Made again in the backward pass from x, which is kept anyway: as fast as keeping what is between x and h,
-        # and a fifth less memory.
-        @jax.checkpoint
-        def norm(x, scale, taps=None):
-            h = rms_norm(x.reshape(-1, batch, length, width), scale).reshape(x.shape)
-            return h if taps is None else h + depthwise_convolution(h, taps, self.causal)
+        width, hidden, zeros = self.width, self.mlp_ratio * self.width, nn.initializers.zeros
 
         def taps(name):
-            shape = (self.conv_width, width)
-            return self.param(name, nn.initializers.zeros, shape) if self.conv_width else None
+            return self.param(name, zeros, (self.conv_width, width)) if self.conv_width else None
 
-        def residual(x, branch, site):
-            return x + dropout(branch.reshape(x.shape), row_seeds, 3 * self.site + site, self.dropout)
+        def kernel(name, columns, init):
+            return self.param(name, init, (width, columns)).astype(self.dtype)
 
-        h = norm(x, scales[0], taps("attention_taps")).reshape(-1, width)
-        qkv = dense(h, kernel("attention_in", width, 3 * width))
-        h = merge_heads(attention(*rotary_heads(qkv, len(x), self.num_heads, self.dtype), None, self.causal))
-        x = residual(x, dense(h, kernel("attention_out", width, width, nn.initializers.zeros)), 0)
+        parameters = _LayerParameters(
+            attention_taps=taps("attention_taps"),
+            attention_in=kernel("attention_in", 3 * width, kernel_init(width)),
+            attention_out=kernel("attention_out", width, zeros),
+            cross_in=kernel("cross_in", width, kernel_init(width)),
+            cross_out=kernel("cross_out", width, zeros),
+            mlp_taps=taps("mlp_taps"),
+            # The second kernel too is [W, hidden]: squared_relu_mlp says why.
+            mlp_out=kernel("mlp_out", hidden, zeros),
+            mlp_in=kernel("mlp_in", hidden, kernel_init(width)),
+        )
+        first_site = jnp.uint32(3 * self.site)
+        return _layer(
+            parameters, x, scales, prompts, row_seeds, first_site, self.num_heads, self.dropout, self.causal
+        )
 
-        cross_in = kernel("cross_in", width, width)
-        cross_out = kernel("cross_out", width, width, nn.initializers.zeros)
 
-        def cross_attention(x, keys, values, mask):
-            if keys.shape[2] == 1:
-                # Whatever the query, the only value is the answer.
-                return jnp.broadcast_to(dense(merge_heads(values), cross_out)[:, None], x.shape)
-            h = norm(x, scales[1]).reshape(-1, width)
-            q = split_heads(dense(h, cross_in), batch, self.num_heads).astype(self.dtype)
-            return dense(merge_heads(attention(q, keys, values, mask)), cross_out)
+class _LayerParameters(NamedTuple):
+    """A layer's kernels, in the dtype of its products, and the taps of its convolutions, float32, if it has any."""
 
-        # Up to here in the first layer, a row is the same for all its prompts.
-        rows = [x] * len(prompts) if len(x) == batch else jnp.split(x, len(prompts))
-        pairs = zip(rows, prompts, strict=True)
-        x = jnp.concatenate([residual(x, cross_attention(x, *prompt), 1) for x, prompt in pairs])
+    attention_taps: jax.Array | None
+    attention_in: jax.Array
+    attention_out: jax.Array
+    cross_in: jax.Array
+    cross_out: jax.Array
+    mlp_taps: jax.Array | None
+    mlp_out: jax.Array
+    mlp_in: jax.Array
 
-        h = norm(x, scales[2], taps("mlp_taps")).reshape(-1, width)
-        hidden = self.mlp_ratio * width
-        # The second kernel too is [W, hidden]: squared_relu_mlp says why.
-        mlp_out = kernel("mlp_out", width, hidden, nn.initializers.zeros)
-        return residual(x, squared_relu_mlp(h, kernel("mlp_in", width, hidden), mlp_out), 2)
+
+@functools.partial(jax.jit, static_argnames=("num_heads", "dropout_rate", "causal"))
+def _layer(parameters, x, scales, prompts, row_seeds, first_site, num_heads, dropout_rate, causal):
+    """What `TransformerLayer` does: jitted, so that it is traced and differentiated once for all layers.
+
+    XLA puts it into each of them, so the program is the same; tracing a step of `micro` takes half the time.
+    """
+    batch, (_, length, width) = len(prompts[0][0]), x.shape
+
+    # Made again in the backward pass from x, which is kept anyway: as fast as keeping what is between x and h,
+    # and a fifth less memory.
+    @jax.checkpoint
+    def norm(x, scale, taps=None):
+        h = rms_norm(x.reshape(-1, batch, length, width), scale).reshape(x.shape)
+        return h if taps is None else h + depthwise_convolution(h, taps, causal)
+
+    def residual(x, branch, site):
+        return x + dropout(branch.reshape(x.shape), row_seeds, first_site + site, dropout_rate)
+
+    dtype = parameters.attention_in.dtype
+    h = norm(x, scales[0], parameters.attention_taps).reshape(-1, width)
+    qkv = dense(h, parameters.attention_in)
+    h = merge_heads(attention(*rotary_heads(qkv, len(x), num_heads, dtype), None, causal))
+    x = residual(x, dense(h, parameters.attention_out), 0)
+
+    def cross_attention(x, keys, values, mask):
+        if keys.shape[2] == 1:
+            # Whatever the query, the only value is the answer.
+            return jnp.broadcast_to(dense(merge_heads(values), parameters.cross_out)[:, None], x.shape)
+        h = norm(x, scales[1]).reshape(-1, width)
+        q = split_heads(dense(h, parameters.cross_in), batch, num_heads).astype(dtype)
+        return dense(merge_heads(attention(q, keys, values, mask)), parameters.cross_out)
+
+    # Up to here in the first layer, a row is the same for all its prompts.
+    rows = [x] * len(prompts) if len(x) == batch else jnp.split(x, len(prompts))
+    pairs = zip(rows, prompts, strict=True)
+    x = jnp.concatenate([residual(x, cross_attention(x, *prompt), 1) for x, prompt in pairs])
+
+    h = norm(x, scales[2], parameters.mlp_taps).reshape(-1, width)
+    return residual(x, squared_relu_mlp(h, parameters.mlp_in, parameters.mlp_out), 2)

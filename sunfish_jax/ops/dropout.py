@@ -11,7 +11,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def dropout(x: jax.Array, row_seeds: jax.Array | None, site: int, rate: float) -> jax.Array:
+def dropout(x: jax.Array, row_seeds: jax.Array | None, site: jax.Array | int, rate: float) -> jax.Array:
     """Sets a share of the elements to zero and scales up the rest.
 
     The mask is a function of the row's seed and the place within the row, so it does not depend on how rows are
@@ -20,7 +20,7 @@ def dropout(x: jax.Array, row_seeds: jax.Array | None, site: int, rate: float) -
     Args:
       x: [B, S, W].
       row_seeds: [B] uint32, new at every training step; None for no dropout.
-      site: which use of dropout in the network this is; each gets masks of its own.
+      site: [] which use of dropout in the network this is; each gets masks of its own.
       rate: the share dropped, in [0, 1).
 
     Returns:

@@ -1,6 +1,7 @@
 """One optimiser step: (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.struct
@@ -65,9 +66,12 @@ class TrainStep:
     def compile(self, state: Any, batch: Batch) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
         """The same function, compiled for batches of this shape."""
         lowered = self.gradients.lower(state, batch)
-        if self._compiled_update is None:
-            self._compiled_update = self.update.lower(state, lowered.out_info).compile()
-        gradients, update = lowered.compile(), self._compiled_update
+        # Compiling, or reading what was compiled before, is XLA's work, beside which Python can trace the update.
+        with ThreadPoolExecutor(1) as thread:
+            compiling = thread.submit(lowered.compile)
+            if self._compiled_update is None:
+                self._compiled_update = self.update.lower(state, lowered.out_info).compile()
+        gradients, update = compiling.result(), self._compiled_update
         return lambda state, batch: update(state, gradients(state, batch))
 
 

@@ -57,7 +57,7 @@ def test_default_corpus_is_whole_split_by_title_and_prompted(corpus_dir):
 
 
 def test_prepared_tfds_dataset_by_name(corpus_dir):
-    source_of("vital_articles", corpus_dir)  # prepares it
+    list(source_of("vital_articles", corpus_dir).examples("test"))  # prepares it
     source = source_of("tfds:vital_articles", corpus_dir, prompt_key="title")
     default = source_of("vital_articles", corpus_dir)
     named, ours = list(source.examples("test")), list(default.examples("test"))
