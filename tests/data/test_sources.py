@@ -1,6 +1,8 @@
 import collections
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import tensorflow_datasets as tfds
@@ -54,6 +56,21 @@ def test_default_corpus_is_whole_split_by_title_and_prompted(corpus_dir):
     assert len({example.topic for example in examples}) == 12
     assert all(example.topic in (None, example.prompts[-1]) for example in examples)
     assert source.identity == source_of("vital_articles", corpus_dir).identity
+
+
+def test_opening_a_source_does_not_import_tfds(tmp_path):
+    (tmp_path / "text.txt").write_text("Some text. " * 1000)
+    code = f"""
+import sys
+from pathlib import Path
+from ml_collections import ConfigDict
+from sunfish_jax.data.sources import open_source
+for name in ("vital_articles", "{tmp_path}/text.txt"):
+    open_source(ConfigDict({{"source": name}}), Path("{tmp_path}"))
+print("tensorflow_datasets" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_prepared_tfds_dataset_by_name(corpus_dir):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sunfish_jax.diffusion.process import posterior_scale
+from sunfish_jax.models import layers
 from sunfish_jax.models.denoiser import TextDenoiser, init_params
 from sunfish_jax.models.prompt import Prompt
 
@@ -72,6 +73,21 @@ def test_untrained_logits_are_the_single_token_posterior(model, inputs):
 def test_embeddings_have_norm_sqrt_dim(model, variables):
     table = model.apply(variables, method="embedding_table")
     np.testing.assert_allclose(jnp.linalg.norm(table, axis=-1), 4.0, rtol=1e-5)
+
+
+def test_layers_are_traced_once_for_all(model, inputs, monkeypatch):
+    def traced_layers(num_layers):
+        deeper = dataclasses.replace(model, num_layers=num_layers, parent=None)
+        params = jax.eval_shape(lambda: init_params(deeper, jax.random.key(0)))
+        jax.clear_caches()
+        traced.clear()
+        jax.eval_shape(lambda params: logits(deeper, {"params": params}, inputs, prompt_of(0)), params)
+        return len(traced)
+
+    traced = []
+    attention = layers.attention
+    monkeypatch.setattr(layers, "attention", lambda *arguments: traced.append(1) or attention(*arguments))
+    assert traced_layers(2) == traced_layers(5) > 0
 
 
 def test_rows_do_not_see_each_other(model, variables, inputs):
