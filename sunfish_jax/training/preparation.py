@@ -1,8 +1,9 @@
 """What a run needs before its first step: tokenizer, tokens, prompts and model."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,10 @@ from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.workdir.config import CONFIG_FILE, record_config
 from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER
+
+# What a tokenizer is trained on: as many characters, spread over the corpus. More than these change few of its
+# tokens, and of a gigabyte the counts of all words take more memory than anything else here, and minutes.
+_TOKENIZER_CHARACTERS = 10**8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,14 @@ def _tokenizer(config: ConfigDict, source: Source, path: Path | None) -> PreTrai
     if path:
         return load_tokenizer(path)
     print(f"training a tokenizer of {config.vocab_size:,} tokens", flush=True)
-    return train_tokenizer((example.text for example in source.examples("train")), config.vocab_size)
+    return train_tokenizer(_spread_texts(source, _TOKENIZER_CHARACTERS), config.vocab_size)
+
+
+def _spread_texts(source: Source, most_characters: int) -> Iterator[str]:
+    """The training texts; of a larger corpus every second, third and so on, which have about `most_characters`."""
+    characters = sum(len(example.text) for example in source.examples("train"))
+    every = max(1, round(characters / most_characters))
+    return (example.text for example in itertools.islice(source.examples("train"), 0, None, every))
 
 
 def begin_workdir(workdir: Path, config: ConfigDict, prepared: Prepared):

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from configs import nano
+from sunfish_jax.data.sources import open_source
+from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.errors import UserError
+from sunfish_jax.training import preparation
 from sunfish_jax.training.preparation import begin_workdir, check_workdir, prepare_run
 from sunfish_jax.workdir.config import load_config
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER
@@ -39,6 +42,21 @@ def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path)
     batch, same = again.training_batches(config)[5], prepared.training_batches(config)[5]
     np.testing.assert_array_equal(batch.tokens, same.tokens)
     np.testing.assert_array_equal(batch.prompt.inputs, same.prompt.inputs)
+
+
+def test_tokenizer_of_a_large_corpus_is_trained_on_texts_spread_over_it(config, tmp_path, monkeypatch):
+    texts = [example.text for example in open_source(config.data, tmp_path).examples("train")]
+    seen = []
+
+    def train(texts, vocab_size):
+        seen.append(list(texts))
+        return train_tokenizer(seen[-1], vocab_size)
+
+    monkeypatch.setattr(preparation, "train_tokenizer", train)
+    for share in (1, 4):
+        monkeypatch.setattr(preparation, "_TOKENIZER_CHARACTERS", len("".join(texts)) // share)
+        prepare_run(config, tmp_path, tokenizer_path=None)
+    assert seen == [texts, texts[::4]]
 
 
 def test_config_of_a_run_that_saved_nothing_is_replaced(config, prepared, tmp_path):
