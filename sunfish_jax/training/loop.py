@@ -318,6 +318,8 @@ class Loop:
         }
         self.writer.write_scalars(step=progress.step, scalars=scalars)
         self.writer.flush()
+        # Between the pieces in use freed ones add up from step to step, to a tenth of a gigabyte with `micro`.
+        give_back_freed_memory()
 
     def _evaluate(self, state: TrainState) -> float | None:
         """Writes the held-out figures and returns their mean; None if a stop was asked for meanwhile."""
