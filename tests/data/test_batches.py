@@ -18,7 +18,6 @@ PAD = 0
 
 def prompts(numbers):
     """A stand-in for the prompt encoder that keeps the numbers to look at."""
-    assert numbers.ndim == 2
     return Prompt(inputs=numbers[..., None], mask=(numbers >= 0)[..., None])
 
 
@@ -104,6 +103,16 @@ def test_a_batch_depends_on_seed_and_step_alone():
     known = [batch.known_mask for batch in expected if batch.tokens.shape[-1] == 64 and batch.known_mask.any()]
     assert not any(np.array_equal(*pair) for pair in itertools.pairwise(known))
     assert not np.array_equal(rows_of(make_source(seed=6)[0][0]), rows_of(one[0]))
+
+
+def test_prompts_of_a_few_steps_are_made_together(monkeypatch):
+    source, _ = make_source()
+    calls = []
+    monkeypatch.setattr(source, "_prompts", lambda numbers: calls.append(numbers) or prompts(numbers))
+    batches = [source[step] for step in range(2 * 4)]
+    assert len(calls) == 2
+    asked = np.concatenate([batch.prompt.inputs.ravel() for batch in batches])
+    np.testing.assert_array_equal(np.concatenate(calls), asked)
 
 
 def test_iterator_starts_anywhere_and_goes_past_epochs():

@@ -58,27 +58,62 @@ def test_a_fresh_table_gives_the_same_bits_as_one_that_has_seen_other_prompts(mi
     np.testing.assert_array_equal(first.mask, again.mask)
 
 
-def test_each_prompt_is_encoded_once_and_the_least_recently_used_is_forgotten():
+def test_each_prompt_is_encoded_once(tmp_path):
     encoder, calls = _counting_encoder()
     words = [f"w{i} w{i + 1}" for i in range(20)]
-    row_bytes = 2 * 4 * 2
-    table = PromptTable(encoder, 20, lambda indices: [words[i] for i in indices], cache_bytes=3 * row_bytes)
+    table = PromptTable(encoder, 20, lambda indices: [words[i] for i in indices], tmp_path)
     table(np.array([5, 6, 5, -1, 5]))
     assert calls == [2]
     table(np.array([5, 7]))
     assert calls == [2, 1]
-    table(np.array([8]))  # Now 6 is the oldest of four.
-    prompt = table(np.array([5, 7, 8]))
-    assert calls == [2, 1, 1]
-    np.testing.assert_array_equal(prompt.inputs[:, :2, 0], [[5, 6], [7, 8], [8, 9]])
-    table(np.array([6]))
-    assert calls == [2, 1, 1, 1]
-    everything = table(np.arange(20))  # More than the cache holds.
+    prompt = table(np.array([6, 5, 7]))
+    assert calls == [2, 1]
+    np.testing.assert_array_equal(prompt.inputs[:, :2, 0], [[6, 7], [5, 6], [7, 8]])
+    everything = table(np.arange(20))
+    assert calls == [2, 1, 17]
     np.testing.assert_array_equal(everything.inputs[:, 0, 0], np.arange(20))
+    assert not list(tmp_path.iterdir()), "nothing is left behind, however the process ends"
+
+
+def test_without_a_folder_nothing_is_kept():
+    encoder, calls = _counting_encoder()
+    table = PromptTable(encoder, 2, lambda indices: ["w1"] * len(indices))
+    table(np.array([0]))
+    table(np.array([0]))
+    assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("full", ["file", "disk", "quota"])
+def test_what_there_is_no_room_for_is_encoded_again(tmp_path, monkeypatch, full):
+    encoder, calls = _counting_encoder()
+    words = [f"w{i} w{i + 1}" for i in range(20)]
+    table = PromptTable(encoder, 20, lambda indices: [words[i] for i in indices], tmp_path)
+    table(np.array([0, 1]))
+    row_bytes = 2 * 4 * 2
+    if full == "file":
+        monkeypatch.setattr(prompt_table, "_MOST_FILE_BYTES", 3 * row_bytes)
+    elif full == "disk":
+        monkeypatch.setattr(prompt_table, "_BYTES_LEFT_FREE", 2**62)
+    else:
+        monkeypatch.setattr(table._kept, "_file", _FileUnderQuota(table._kept._file))
+    for expected in ([2, 2], [2, 2, 2]):
+        prompt = table(np.array([0, 1, 2, 3]))
+        np.testing.assert_array_equal(prompt.inputs[:, :2, 0], [[0, 1], [1, 2], [2, 3], [3, 4]])
+        assert calls == expected
+
+
+class _FileUnderQuota:
+    """A file of which one more byte is written and no second one."""
+
+    def __init__(self, file):
+        self.seek, self.read, self._file = file.seek, file.read, file
+
+    def write(self, data):
+        return self._file.write(data[:1])
 
 
 def test_the_width_holds_all_prompts_but_a_few_in_a_thousand(monkeypatch):
-    monkeypatch.setattr(prompt_table, "_CHUNK", 100)
+    monkeypatch.setattr(prompt_table, "_MEASURED", 2000)
 
     def width(lengths):
         words = ["w1 " * length for length in lengths]
@@ -88,6 +123,9 @@ def test_the_width_holds_all_prompts_but_a_few_in_a_thousand(monkeypatch):
     assert width([1] * 9 + [16]) == 16
     assert width([17] + [1] * 500) == 8
     assert width([17] * 5 + [1] * 500) == 24
+    # Of more prompts as many as are to be measured, from the first to the last.
+    assert width([9] * 4000 + [17] * 20 + [1] * 4000) == 16
+    assert width([1] * 4000 + [17] * 200) == 24
 
 
 @pytest.mark.parametrize("trained", [False, True])
