@@ -38,8 +38,8 @@ from sunfish_jax.workdir.writers import make_writer, metric_writers
 
 # Long steps are reported before `logging.every_steps` of them are done.
 _SECONDS_BETWEEN_LINES = 30.0
-# Between the pieces in use freed ones add up from step to step, to a quarter of a gigabyte with `micro`. To give them
-# back takes 0.03 s there.
+# Between the pieces in use freed ones add up from step to step, to a quarter of a gigabyte with `micro`. There they
+# are given back in 0.03 s.
 _SECONDS_BETWEEN_GIVING_BACK = 5.0
 
 
