@@ -1,6 +1,5 @@
 """The measurement behind input_pipeline.py."""
 
-import itertools
 import json
 import time
 from pathlib import Path
@@ -78,5 +77,5 @@ def training_rate(config: ConfigDict, prepared: Prepared, repeats: int) -> float
 def batch_rate(source: BatchSource, batches: int) -> float:
     """Real tokens a second of the first batches, made as for training, one after the other."""
     began = time.perf_counter()
-    tokens = sum(real_tokens(batch) for batch in itertools.islice(batch_iterator(source, 0), batches))
+    tokens = sum(real_tokens(batch) for batch in batch_iterator(source, 0, batches))
     return tokens / (time.perf_counter() - began)

@@ -22,9 +22,11 @@ from sunfish_jax.data.tokens import TokenizedSplit
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.prompt import Prompt
 
-# Batches made ahead of the step that asks for them, whose prompts are encoded together: a call of the encoder takes
-# prompts of one width, and among more prompts fewer of its rows stay empty.
+# Batches made ahead of the step that asks for them.
 _PREFETCH = 4
+# Steps whose prompts are encoded together: a call of the encoder takes prompts of one width, and among more prompts
+# fewer of its rows stay empty.
+_STEPS_ENCODED_TOGETHER = 4
 # Row lengths of held-out rows, at most.
 _HELD_OUT_BUCKETS = 3
 
@@ -95,7 +97,7 @@ class BatchSource:
         self._rows_per_step = [self._accumulate * rows for rows in self._rows_per_pass]
         self._bucket_of_row = np.searchsorted(buckets, split.lengths)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
-        self._prompts_ahead = functools.lru_cache(maxsize=1)(self._make_prompts)
+        self._prompts_of_group = functools.lru_cache(maxsize=1)(self._make_prompts)
         self.steps_per_epoch = len(self._epoch(0).steps)
         if not self.steps_per_epoch:
             raise UserError(
@@ -109,20 +111,20 @@ class BatchSource:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of optimiser step `step`, counted from 0."""
+        """The batch of optimiser step `step`, counted from 0; its prompts share memory with the next steps'."""
         bucket, rows = self._rows(step)
         tokens, padding_mask = pad_rows(self._split, rows, self._buckets[bucket])
         known_mask = known_spans(
             np.random.default_rng((self._seed, int(step), 1)), padding_mask, self._infill_fraction
         )
-        which, position = divmod(int(step), _PREFETCH)
+        group, position = divmod(int(step), _STEPS_ENCODED_TOGETHER)
         shape = (self._accumulate, self._rows_per_pass[bucket])
         return Batch(
             tokens=tokens.reshape(*shape, -1),
             padding_mask=padding_mask.reshape(*shape, -1),
             known_mask=known_mask.reshape(*shape, -1),
             prompt=jax.tree.map(
-                lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), self._prompts_ahead(which)[position]
+                lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), self._prompts_of_group(group)[position]
             ),
         )
 
@@ -140,9 +142,10 @@ class BatchSource:
         phrasing = self._epoch(int(step) // self.steps_per_epoch).phrasing[rows]
         return np.where(count, first + (phrasing * count).astype(np.int64), -1)
 
-    def _make_prompts(self, which: int) -> list[Prompt]:
-        """The prompts of steps `which * _PREFETCH` and those after it, one for each row."""
-        numbers = [self._prompt_numbers(step) for step in range(which * _PREFETCH, (which + 1) * _PREFETCH)]
+    def _make_prompts(self, group: int) -> list[Prompt]:
+        """For each of the group's steps a prompt for each row."""
+        first = group * _STEPS_ENCODED_TOGETHER
+        numbers = [self._prompt_numbers(step) for step in range(first, first + _STEPS_ENCODED_TOGETHER)]
         prompts = self._prompts(np.concatenate(numbers))
         starts = np.cumsum([len(of_step) for of_step in numbers])[:-1]
         parts = zip(np.split(prompts.inputs, starts), np.split(prompts.mask, starts), strict=True)
@@ -162,9 +165,9 @@ class BatchSource:
         return _Epoch(rng.permutation(np.array(steps, np.int64).reshape(-1, 2)), rows, phrasing)
 
 
-def batch_iterator(source: BatchSource, start_step: int) -> Iterator[Batch]:
-    """The batches from `start_step` on, made ahead in a thread of their own, which begins at once."""
-    steps = grain.MapDataset.source(source)[start_step:]
+def batch_iterator(source: BatchSource, start_step: int, end_step: int | None = None) -> Iterator[Batch]:
+    """The batches from `start_step` to before `end_step`, made ahead in a thread that begins at once."""
+    steps = grain.MapDataset.source(source)[start_step:end_step]
     batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
     batches.start_prefetch()
     return batches

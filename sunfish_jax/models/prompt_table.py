@@ -1,5 +1,7 @@
 """The prompts of a corpus, encoded when a batch first asks for them."""
 
+import contextlib
+import math
 import shutil
 import tempfile
 import threading
@@ -23,8 +25,8 @@ _MOST_FILE_BYTES, _BYTES_LEFT_FREE = 2**30, 2**31
 class PromptTable:
     """Prompts by their number, all in one width.
 
-    What is encoded is kept in a file, so that MiniLM reads each prompt of a corpus once and no memory is taken. It
-    depends on the prompt alone: a run which is resumed, and has forgotten it, sees the same bits.
+    What is encoded is kept in a file, where it takes no memory, so that each prompt is encoded once while there
+    is room. It depends on the prompt alone: a run which is resumed, and has forgotten it, sees the same bits.
 
     Attributes:
         width: P, a multiple of 8 tokens that holds all prompts but a few in a thousand. Of those the states (or
@@ -49,7 +51,11 @@ class PromptTable:
         """
         self._encoder = encoder
         self._texts = texts
-        self._kept = None if folder is None else _RowFile(folder)
+        row_shape, dtype = ((encoder.output_dim,), np.float16) if encoder.frozen else ((), np.int32)
+        self._kept = None
+        if folder is not None:
+            with contextlib.suppress(OSError):  # Where nothing can be written, nothing is kept.
+                self._kept = _RowFile(folder, num_prompts, row_shape, np.dtype(dtype))
         self._lock = threading.Lock()
         self.width = self._find_width(num_prompts)
 
@@ -101,37 +107,41 @@ class PromptTable:
 
 
 class _RowFile:
-    """Arrays by number, in a file without a name. What there is no room for is not kept."""
+    """Rows of varying length by number, in a file without a name. What there is no room for is not kept."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, num_rows: int, shape: tuple[int, ...], dtype: np.dtype):
+        """Rows are `[length, *shape]`. Raises an OSError if the folder takes no file."""
+        self._folder, self._shape, self._dtype = folder, shape, dtype
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
         self._end = 0
-        # Where each array begins, and what it is like.
-        self._places: dict[int, tuple[int, tuple[int, ...], np.dtype]] = {}
+        # Where each row begins, -1 if it is not kept, and how long it is.
+        self._starts = np.full(num_rows, -1, np.int64)
+        self._lengths = np.zeros(num_rows, np.int32)
 
     def read(self, indices: list[int]) -> dict[int, np.ndarray]:
-        """Those of the arrays that are kept."""
-        found = {}
+        """Those of the rows that are kept."""
+        rows = {}
         for index in indices:
-            if index in self._places:
-                start, shape, dtype = self._places[index]
-                self._file.seek(start)
-                found[index] = np.ndarray(shape, dtype, self._file.read(int(np.prod(shape)) * dtype.itemsize))
-        return found
+            if self._starts[index] >= 0:
+                shape = (self._lengths[index], *self._shape)
+                self._file.seek(self._starts[index])
+                rows[index] = np.ndarray(
+                    shape, self._dtype, self._file.read(math.prod(shape) * self._dtype.itemsize)
+                )
+        return rows
 
-    def write(self, arrays: dict[int, np.ndarray]) -> None:
+    def write(self, rows: dict[int, np.ndarray]) -> None:
         """Keeps them all, or none."""
-        data = b"".join(array.tobytes() for array in arrays.values())
-        free = shutil.disk_usage(self._folder).free
-        if self._end + len(data) > _MOST_FILE_BYTES or free - len(data) < _BYTES_LEFT_FREE:
-            return
-        self._file.seek(self._end)
+        data = b"".join(row.tobytes() for row in rows.values())
         try:
+            free = shutil.disk_usage(self._folder).free
+            if self._end + len(data) > _MOST_FILE_BYTES or free - len(data) < _BYTES_LEFT_FREE:
+                return
+            self._file.seek(self._end)
             if self._file.write(data) < len(data):
                 return
         except OSError:  # Such as a quota, which the free space does not show: training goes on without.
             return
-        for index, array in arrays.items():
-            self._places[index] = self._end, array.shape, array.dtype
-            self._end += array.nbytes
+        for index, row in rows.items():
+            self._starts[index], self._lengths[index] = self._end, len(row)
+            self._end += row.nbytes

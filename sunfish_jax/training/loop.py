@@ -72,11 +72,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
     else:
         tokenizer_path = init_tokenizer(config) if config.train.init_from else None
     prepared = prepare_run(config, workdir, tokenizer_path)
+    if first_step is not None:
+        check_workdir(workdir, prepared)
+    mesh = make_mesh(config.train.num_devices)
     source = prepared.training_batches(config)
     # The first batches are made while the state is read.
-    batches = batch_iterator(source, first_step or 0)
+    batches = batch_iterator(source, first_step or 0, config.train.num_steps)
     token_counts = prepared.token_counts()
-    mesh = make_mesh(config.train.num_devices)
     with (
         _writing_to(workdir),
         Checkpoints(workdir, config.checkpoint) as checkpoints,
@@ -141,7 +143,7 @@ def _first_state(
     checkpoints: Checkpoints,
     first_step: int | None,
 ) -> TrainState:
-    """The state to go on from, laid out over the mesh; only from here on is the workdir written to."""
+    """The state to go on from, laid out over the mesh; only from here on is more than `data/` written to."""
 
     def create() -> TrainState:
         return create_state(config, prepared.model, token_counts)
@@ -149,7 +151,6 @@ def _first_state(
     shapes = jax.eval_shape(create)
     shardings = state_shardings(shapes, mesh)
     if first_step is not None:
-        check_workdir(workdir, prepared)
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,

@@ -1,4 +1,3 @@
-import itertools
 import json
 import subprocess
 import sys
@@ -13,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_rate_of_batches_counts_real_tokens_in_the_time_they_take(monkeypatch):
-    def batches(source, first):
-        for _ in itertools.count(first):
+    def batches(source, first, end):
+        for _ in range(first, end):
             yield SimpleNamespace(padding_mask=np.arange(8) < 5)
 
     monkeypatch.setattr(input_rates, "batch_iterator", batches)

@@ -1,10 +1,12 @@
 import itertools
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from configs import default
+from sunfish_jax.data import batches as batches_module
 from sunfish_jax.data.batches import BatchSource, batch_iterator, held_out_row_numbers, held_out_rows
 from sunfish_jax.data.buckets import choose_buckets
 from sunfish_jax.data.sources import open_source
@@ -109,7 +111,7 @@ def test_prompts_of_a_few_steps_are_made_together(monkeypatch):
     source, _ = make_source()
     calls = []
     monkeypatch.setattr(source, "_prompts", lambda numbers: calls.append(numbers) or prompts(numbers))
-    batches = [source[step] for step in range(2 * 4)]
+    batches = [source[step] for step in range(2 * batches_module._STEPS_ENCODED_TOGETHER)]
     assert len(calls) == 2
     asked = np.concatenate([batch.prompt.inputs.ravel() for batch in batches])
     np.testing.assert_array_equal(np.concatenate(calls), asked)
@@ -120,6 +122,26 @@ def test_iterator_starts_anywhere_and_goes_past_epochs():
     start = source.steps_per_epoch - 2
     for step, batch in zip(range(start, start + 5), batch_iterator(source, start), strict=False):
         jax.tree.map(np.testing.assert_array_equal, batch, source[step])
+
+
+def test_iterator_begins_at_once_and_makes_no_more_than_it_is_to():
+    source, _ = make_source()
+    asked, two_asked = [], threading.Event()
+
+    class Watched:
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, step):
+            asked.append(step)
+            if len(asked) == 2:
+                two_asked.set()
+            return source[step]
+
+    batches = batch_iterator(Watched(), 3, 5)
+    assert two_asked.wait(30), "before the first is asked for"
+    assert len(list(batches)) == 2
+    assert asked == [3, 4]
 
 
 def test_rows_without_prompts():

@@ -1,5 +1,7 @@
 """The table of encoded prompts."""
 
+import errno
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -58,6 +60,13 @@ def test_a_fresh_table_gives_the_same_bits_as_one_that_has_seen_other_prompts(mi
     np.testing.assert_array_equal(first.mask, again.mask)
 
 
+@pytest.fixture
+def any_disk(monkeypatch):
+    """However little is free where the tests run."""
+    monkeypatch.setattr(prompt_table, "_BYTES_LEFT_FREE", 0)
+
+
+@pytest.mark.usefixtures("any_disk")
 def test_each_prompt_is_encoded_once(tmp_path):
     encoder, calls = _counting_encoder()
     words = [f"w{i} w{i + 1}" for i in range(20)]
@@ -83,7 +92,8 @@ def test_without_a_folder_nothing_is_kept():
     assert calls == [1, 1]
 
 
-@pytest.mark.parametrize("full", ["file", "disk", "quota"])
+@pytest.mark.usefixtures("any_disk")
+@pytest.mark.parametrize("full", ["file", "disk", "quota", "partly written", "folder is gone"])
 def test_what_there_is_no_room_for_is_encoded_again(tmp_path, monkeypatch, full):
     encoder, calls = _counting_encoder()
     words = [f"w{i} w{i + 1}" for i in range(20)]
@@ -94,8 +104,10 @@ def test_what_there_is_no_room_for_is_encoded_again(tmp_path, monkeypatch, full)
         monkeypatch.setattr(prompt_table, "_MOST_FILE_BYTES", 3 * row_bytes)
     elif full == "disk":
         monkeypatch.setattr(prompt_table, "_BYTES_LEFT_FREE", 2**62)
+    elif full == "folder is gone":
+        tmp_path.rmdir()
     else:
-        monkeypatch.setattr(table._kept, "_file", _FileUnderQuota(table._kept._file))
+        monkeypatch.setattr(table._kept, "_file", _FileUnderQuota(table._kept._file, full == "partly written"))
     for expected in ([2, 2], [2, 2, 2]):
         prompt = table(np.array([0, 1, 2, 3]))
         np.testing.assert_array_equal(prompt.inputs[:, :2, 0], [[0, 1], [1, 2], [2, 3], [3, 4]])
@@ -103,13 +115,33 @@ def test_what_there_is_no_room_for_is_encoded_again(tmp_path, monkeypatch, full)
 
 
 class _FileUnderQuota:
-    """A file of which one more byte is written and no second one."""
+    """A file of which one more byte is written, or none."""
 
-    def __init__(self, file):
-        self.seek, self.read, self._file = file.seek, file.read, file
+    def __init__(self, file, partly):
+        self.seek, self.read, self._file, self._partly = file.seek, file.read, file, partly
 
     def write(self, data):
+        if not self._partly:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
         return self._file.write(data[:1])
+
+
+def test_where_no_file_can_be_made_nothing_is_kept(tmp_path):
+    encoder, calls = _counting_encoder()
+    table = PromptTable(encoder, 2, lambda indices: ["w1"] * len(indices), tmp_path / "none")
+    assert table(np.array([0, 0])).mask.sum() == 2
+    table(np.array([0]))
+    assert calls == [1, 1]
+
+
+@pytest.mark.usefixtures("any_disk")
+def test_tokens_are_kept_too(tmp_path):
+    words = ["w3 w4", "", "w1 " * 20]
+    table = PromptTable(_counting_encoder(trained=True)[0], 3, lambda i: [words[j] for j in i], tmp_path)
+    first, again = (table(np.array([2, 0, 1])) for _ in range(2))
+    assert again.mask.sum(axis=-1).tolist() == [20, 2, 0]
+    np.testing.assert_array_equal(again.inputs, first.inputs)
+    assert again.inputs.dtype == np.int32
 
 
 def test_the_width_holds_all_prompts_but_a_few_in_a_thousand(monkeypatch):

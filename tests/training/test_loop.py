@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
+from sunfish_jax.training import loop
 from sunfish_jax.training.loop import CompiledStep, Loop
 from sunfish_jax.training.watching import HELD_OUT_MEAN, Stopped
 from sunfish_jax.workdir.progress import Progress, load_totals
@@ -119,6 +120,20 @@ def test_everything_happens_at_its_steps_and_at_the_last(tmp_path, capsys):
     assert "step  5/10  loss 3.5000" in out and "held-out cross-entropy at step 4: mean 7.000" in out
     assert "[a dog] text of step 3" in out and "trained to step 10" in out
     assert recorder.flushed == 3
+
+
+def test_freed_memory_goes_back_every_few_seconds(tmp_path, monkeypatch):
+    clock, gave_back = [0.0], []
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop, "give_back_freed_memory", lambda: gave_back.append(clock[0]))
+    monkeypatch.setattr(loop, "_drop_unowned_programs", lambda: None)
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_GIVING_BACK", 5.0)
+
+    def two_seconds():
+        clock[0] += 2.0
+
+    make_loop(tmp_path, Recorder()).run(0, FakeStep(after=dict.fromkeys(range(1, 11), two_seconds)), endless())
+    assert gave_back == [2.0, 8.0, 14.0, 20.0]
 
 
 def test_stop_finishes_the_step_saves_it_and_says_how_to_resume(tmp_path, capsys):

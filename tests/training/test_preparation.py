@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from configs import nano
+from sunfish_jax.data import batches
 from sunfish_jax.data.sources import open_source
 from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.errors import UserError
+from sunfish_jax.models import prompt_table
 from sunfish_jax.training import preparation
 from sunfish_jax.training.preparation import begin_workdir, check_workdir, prepare_run
 from sunfish_jax.workdir.config import load_config
@@ -42,6 +44,23 @@ def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path)
     batch, same = again.training_batches(config)[5], prepared.training_batches(config)[5]
     np.testing.assert_array_equal(batch.tokens, same.tokens)
     np.testing.assert_array_equal(batch.prompt.inputs, same.prompt.inputs)
+
+
+def test_prompts_of_training_are_encoded_once(config, tmp_path, monkeypatch):
+    prepared = prepare_run(config, tmp_path, tokenizer_path=None)
+    monkeypatch.setattr(prompt_table, "_BYTES_LEFT_FREE", 0)
+    calls = []
+    encode = prepared.prompt_encoder.encode
+    encoder = dataclasses.replace(
+        prepared.prompt_encoder, encode=lambda tokens, mask: calls.append(len(tokens)) or encode(tokens, mask)
+    )
+    source = dataclasses.replace(prepared, prompt_encoder=encoder).training_batches(config)
+    first = source[0]
+    far = batches._STEPS_ENCODED_TOGETHER * source.steps_per_epoch
+    source[far]
+    encoded = sum(calls)
+    np.testing.assert_array_equal(source[0].prompt.inputs, first.prompt.inputs)
+    assert sum(calls) == encoded > 0
 
 
 def test_tokenizer_of_a_large_corpus_is_trained_on_texts_spread_over_it(config, tmp_path, monkeypatch):
