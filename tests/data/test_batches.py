@@ -140,7 +140,7 @@ def test_iterator_begins_at_once_and_makes_no_more_than_it_is_to():
 
     batches = batch_iterator(Watched(), 3, 5)
     assert two_asked.wait(30), "before the first is asked for"
-    assert len(list(batches)) == 2
+    assert len(list(itertools.islice(batches, 3))) == 2
     assert asked == [3, 4]
 
 
