@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     # words more closely, and repeats them.
     sampling.guidance_scale = 1.0
     # The part of the noise range, as quantiles u of the schedule, in which guidance acts.
-    sampling.guidance_interval = (0.1, 0.9)
+    sampling.guidance_interval = (0.3, 0.9)
     # Divides the logits. At 0.6 texts are a little less varied than real ones (docs/experiments.md).
     sampling.temperature = 0.6
     # What an infilling `[MASK]` without a length may grow to, in tokens.
