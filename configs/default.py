@@ -100,8 +100,8 @@ def get_config() -> ConfigDict:
     # logits = uncond + scale (cond - uncond); 1 is no guidance, 0 ignores the prompt. More follows the prompt's
     # words more closely, and repeats them.
     sampling.guidance_scale = 1.0
-    # The part of the noise range, as quantiles u of the schedule, in which guidance above 1 acts: more of it costs
-    # time and changes no figure of quality (docs/experiments.md).
+    # The part of the noise range, as quantiles u of the schedule, in which guidance above 1 acts: below 0.3 it
+    # cost time and changed no figure of quality (docs/experiments.md).
     sampling.guidance_interval = (0.3, 0.9)
     # Divides the logits. At 0.6 texts are a little less varied than real ones (docs/experiments.md).
     sampling.temperature = 0.6
