@@ -11,7 +11,7 @@ import numpy as np
 from plain_flax import make_plain, plain_params
 from torch_process import TorchProcess
 
-from sunfish_jax.models.denoiser import TextDenoiser
+from sunfish_jax.models.denoiser import TextDenoiser, Vocabulary
 from sunfish_jax.models.prompt import Prompt
 
 # The logits differ from ours by less than this share of the largest, in float32.
@@ -63,7 +63,8 @@ def moved(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def our_logits(model: TextDenoiser, params: Mapping[str, Any], inputs: Inputs) -> np.ndarray:
     """[B, S, V] in float32."""
-    return _logits(dataclasses.replace(model, dtype=_FLOAT32), params, inputs)
+    model = dataclasses.replace(model, dtype=_FLOAT32)
+    return _logits(model, params, inputs, jax.jit(lambda: model.apply({"params": params}, method="vocabulary"))())
 
 
 def plain_logits(model: TextDenoiser, params: Mapping[str, Any], inputs: Inputs) -> np.ndarray:
@@ -71,12 +72,12 @@ def plain_logits(model: TextDenoiser, params: Mapping[str, Any], inputs: Inputs)
     return _logits(make_plain(model, _FLOAT32), plain_params(params), inputs)
 
 
-def _logits(network, params, inputs: Inputs) -> np.ndarray:
+def _logits(network, params, inputs: Inputs, *vocabulary: Vocabulary) -> np.ndarray:
     @jax.jit
     def logits(params):
         keys_values = network.apply({"params": params}, inputs.prompt, method="encode_prompt")
         given = (inputs.z, inputs.gamma, inputs.x_hat, inputs.known_mask, keys_values)
-        return network.apply({"params": params}, *given, method="logits")
+        return network.apply({"params": params}, *vocabulary, *given, method="logits")
 
     return np.asarray(logits(params))
 

@@ -90,11 +90,11 @@ class CausalTransformer(nn.Module):
 
     def next_logits(self, h: jax.Array) -> jax.Array:
         """The last norm's output [N, W] to logits [N, V] float32."""
-        return token_logits(h, self.head_table.astype(self.dtype), self.log_unigram)
+        return token_logits(h, self.head_table.astype(self.dtype).T, self.log_unigram)
 
     def cross_entropy(self, tokens, prompt: PromptKeysValues, row_seeds=None) -> jax.Array:
         """-log p(token | the tokens before it, prompt) in nats, [B, S] float32; arguments as for `hidden`."""
-        h, table = self.hidden(tokens, prompt, row_seeds), self.head_table.astype(self.dtype)
+        h, table = self.hidden(tokens, prompt, row_seeds), self.head_table.astype(self.dtype).T
         return cross_entropy(h, table, self.log_unigram, tokens.reshape(-1)).reshape(tokens.shape)
 
     def __call__(self, tokens: jax.Array, prompt: Prompt) -> jax.Array:

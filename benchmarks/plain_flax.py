@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimate
+from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimates, self_conditioned_rows
 from sunfish_jax.diffusion.process import posterior_scale, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.models.denoiser import TABLES, PromptKeysValues, TextDenoiser
@@ -319,7 +319,8 @@ def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedu
             given = (gamma[chosen], jnp.zeros_like(z[chosen]), rows.known_mask[chosen], prompt.select(chosen))
             return apply(z[chosen], *given, method="estimate")
 
-        x_hat = first_estimate(estimate, z, jnp.int32(0), diffusion.self_conditioning_every)
+        (chosen,) = self_conditioned_rows(1, len(z), 1, diffusion.self_conditioning_every)
+        x_hat = first_estimates(estimate, z.shape, chosen)
         logits = apply(z, gamma, x_hat, rows.known_mask, prompt, dropout_key, method="logits")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.tokens)
         return jnp.sum(losses * ~rows.known_mask) / num_targets

@@ -32,22 +32,22 @@ class AlphabetDenoiser(LogitsAsFeatures):
         self.follows = follows / follows.sum(axis=-1, keepdims=True)
         self.precedes = follows / follows.sum(axis=0)
 
-    def embedding_table(self):
+    def embeddings(self):
         return self.table * DIM**0.5 / jnp.linalg.norm(self.table, axis=-1, keepdims=True)
 
     def encode_prompt(self, prompt: Prompt):
         return prompt.mask
 
-    def logits(self, z, gamma, x_hat, known_mask, prompt):
-        similarity = z @ self.embedding_table().T
+    def logits(self, vocabulary, z, gamma, x_hat, known_mask, prompt):
+        similarity = z @ vocabulary.embeddings.T
         prior = posterior_scale(gamma)[:, None, None] * similarity
         belief = jax.nn.softmax(jnp.where(known_mask[..., None], 100 * similarity, prior))
         left = jnp.log(belief[:, :-1] @ self.follows)
         right = jnp.log(belief[:, 1:] @ self.precedes.T)
         return prior + jnp.pad(left, ((0, 0), (1, 0), (0, 0))) + jnp.pad(right, ((0, 0), (0, 1), (0, 0)))
 
-    def cross_entropy(self, tokens, z, gamma, x_hat, known_mask, prompt):
-        log_probs = jax.nn.log_softmax(self.logits(z, gamma, x_hat, known_mask, prompt))
+    def cross_entropy(self, vocabulary, tokens, z, gamma, x_hat, known_mask, prompt):
+        log_probs = jax.nn.log_softmax(self.logits(vocabulary, z, gamma, x_hat, known_mask, prompt))
         return -jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
 
 

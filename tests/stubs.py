@@ -3,13 +3,16 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from sunfish_jax.models.denoiser import Vocabulary
+
 
 class LogitsAsFeatures(nn.Module):
-    """What sampling asks of a model, from `logits` and `embedding_table`: the head passes the logits on."""
+    """What sampling asks of a model, from `logits` and `embeddings`: the head passes the logits on."""
 
-    def features(self, z, gamma, x_hat, known_mask, *prompts):
-        return jnp.concatenate([self.logits(z, gamma, x_hat, known_mask, prompt) for prompt in prompts])
+    def vocabulary(self):
+        embeddings = self.embeddings()
+        return Vocabulary(embeddings, jnp.eye(len(embeddings)), jnp.zeros(len(embeddings)))
 
-    def head(self):
-        vocab_size = len(self.embedding_table())
-        return jnp.eye(vocab_size), jnp.zeros(vocab_size)
+    def features(self, vocabulary, z, gamma, x_hat, known_mask, *prompts):
+        logits = [self.logits(vocabulary, z, gamma, x_hat, known_mask, prompt) for prompt in prompts]
+        return jnp.concatenate(logits)

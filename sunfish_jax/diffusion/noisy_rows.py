@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sunfish_jax.diffusion.process import diffuse
 
@@ -31,42 +32,51 @@ class NoisyRows:
         return jnp.where(self.known_mask[..., None], clean, diffuse(clean, self.noise, self.gamma))
 
 
-def self_conditioned_rows(first_row: jax.Array, num_rows: int, every: int) -> tuple[jax.Array, jax.Array]:
-    """Which local rows have a global index divisible by `every`.
-
-    The choice follows the global index, so it is the same however rows are spread over devices, while the number
-    of candidates is static, so a compiled step pays for no more than those.
+def self_conditioned_rows(num_passes: int, num_rows: int, num_devices: int, every: int) -> np.ndarray:
+    """Which of each device's rows get a first estimate: one in `every` of the step's, numbered over all devices.
 
     Args:
-      first_row: [] global index of this device's first row.
-      num_rows: rows on this device.
-      every: one row in this many.
+      num_passes: A, forward passes of a step.
+      num_rows: B, rows of a pass on each device; device d has those numbered (a * num_devices + d) * B + b.
+      num_devices: how many devices.
+      every: one row in this many; 0 for none.
 
     Returns:
-      Local indices [ceil(num_rows / every)], and whether each is one of the rows (the last may fall outside).
+      [num_devices, n, m] int32 indices of the device's A * B rows, -1 where a device has fewer: n groups of no more
+      rows than a pass has.
     """
-    candidates = (-first_row) % every + every * jnp.arange(-(-num_rows // every))
-    return jnp.minimum(candidates, num_rows - 1), candidates < num_rows
+    passes = np.arange(num_passes)[:, None, None]
+    devices = np.arange(num_devices)[:, None]
+    numbers = (passes * num_devices + devices) * num_rows + np.arange(num_rows)
+    of_device = numbers.transpose(1, 0, 2).reshape(num_devices, -1)
+    chosen = [np.flatnonzero(row % every == 0) if every else row[:0] for row in of_device]
+    most = max(map(len, chosen))
+    groups = -(-most // num_rows)
+    size = -(-most // max(1, groups))
+    padded = np.full((num_devices, groups * size), -1, np.int32)
+    for row, rows in zip(padded, chosen, strict=True):
+        row[: len(rows)] = rows
+    return padded.reshape(num_devices, groups, size)
 
 
-def first_estimate(
-    estimate: Callable[[jax.Array], jax.Array], z: jax.Array, first_row: jax.Array, every: int
+def first_estimates(
+    estimate: Callable[[jax.Array], jax.Array], shape: tuple[int, int, int], chosen: jax.Array
 ) -> jax.Array:
-    """The self-conditioning input x_hat: a first pass's estimate in one row of `every`, zeros in the others.
+    """The self-conditioning input x_hat: a first pass's estimate of the chosen rows, zeros for the others.
 
     From Chen, Zhang and Hinton, "Analog bits" (arXiv 2208.04202); no gradient flows through the first pass.
 
     Args:
-      estimate: takes local row indices [n] and returns their estimates [n, S, D].
-      z: [B, S, D] noisy embeddings.
-      first_row: [] global index of the first of these rows.
-      every: one row in this many; 0 for none.
+      estimate: takes row indices [m] and returns their estimates [m, S, D].
+      shape: (R, S, D), of all rows.
+      chosen: [n, m] indices of rows, -1 for none; a group of m at a time.
 
     Returns:
-      [B, S, D].
+      [R, S, D] float32.
     """
-    if not every:
-        return jnp.zeros_like(z)
-    rows, inside = self_conditioned_rows(first_row, z.shape[0], every)
-    estimates = jax.lax.stop_gradient(estimate(rows)) * inside[:, None, None]
-    return jnp.zeros_like(z).at[rows].add(estimates)
+    x_hat = jnp.zeros(shape)
+    if not chosen.size:
+        return x_hat
+    rows = jnp.maximum(chosen, 0)
+    found = jax.lax.stop_gradient(jax.lax.map(estimate, rows)) * (chosen >= 0)[..., None, None]
+    return x_hat.at[rows].add(found)

@@ -86,9 +86,10 @@ def _bound(model, params, schedule, tokens, padding_mask, prompt, key, num_draws
     variables = {"params": params}
     prompt_kv = model.apply(variables, prompt, method="encode_prompt")
     known = jnp.zeros(tokens.shape, bool)
+    vocabulary = model.apply(variables, method="vocabulary")
 
     def denoise(z, gamma, x_hat):
-        return model.apply(variables, z, gamma, x_hat, known, prompt_kv, method="logits")
+        return model.apply(variables, vocabulary, z, gamma, x_hat, known, prompt_kv, method="logits")
 
-    table = model.apply(variables, method="embedding_table")
-    return likelihood_bound(denoise, table, schedule, tokens, padding_mask, key=key, num_draws=num_draws)
+    embeddings = vocabulary.embeddings
+    return likelihood_bound(denoise, embeddings, schedule, tokens, padding_mask, key=key, num_draws=num_draws)

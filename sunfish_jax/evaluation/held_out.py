@@ -16,7 +16,6 @@ from flax import linen as nn
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion import process
 from sunfish_jax.evaluation.text_rows import shuffled_order
-from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 
 _NOISE_SEED = 0x5EED
 # Self-conditioning and context use are measured on every fourth batch of each length, which is enough for
@@ -51,7 +50,7 @@ def held_out_cross_entropy(model: nn.Module, params: Mapping, rows: Iterable[Bat
         `context/true_25`, `context/shuffled_25`, `context/none_25`, and `context/gain`, the mean over levels
         of shuffled less true.
     """
-    table, head = _embedding_table(model, params), _head(model, params)
+    vocabulary = _vocabulary(model, params)
     sums = {name: np.zeros(len(process.HELD_OUT_SNRS)) for name in _FIGURES}
     counts, of_length = dict.fromkeys(("all", "true"), 0), Counter()
     for i, batch in enumerate(rows):
@@ -59,7 +58,7 @@ def held_out_cross_entropy(model: nn.Module, params: Mapping, rows: Iterable[Bat
         length = batch.tokens.shape[-1]
         detail = of_length[length] % _DETAIL_EVERY == 0
         of_length[length] += 1
-        for name, values in _batch_sums(model, params, table, head, batch, i, detail).items():
+        for name, values in _batch_sums(model, params, vocabulary, batch, i, detail).items():
             sums[name] += values
         real = int(np.sum(batch.padding_mask))
         counts["all"] += real
@@ -75,29 +74,30 @@ def held_out_cross_entropy(model: nn.Module, params: Mapping, rows: Iterable[Bat
     return {name: float(value) for name, value in figures.items()}
 
 
-def _batch_sums(model, params, table, head, batch, number, detail) -> dict[str, np.ndarray]:
+def _batch_sums(model, params, vocabulary, batch, number, detail) -> dict[str, np.ndarray]:
     """Summed cross-entropy of a batch at each level, for those of `_FIGURES` that are asked for."""
     tokens, mask = batch.tokens, batch.padding_mask
     order = shuffled_order(mask, seed=number)
     shuffled = np.take_along_axis(np.asarray(tokens), order, axis=1)
     prompt_kv = _encode_prompt(model, params, batch.prompt)
-    read = functools.partial(_features, model, params, prompt_kv)
+    read = functools.partial(_features, model, params, vocabulary, prompt_kv)
+    embeddings = vocabulary.embeddings
     levels = []
     for j, snr in enumerate(process.HELD_OUT_SNRS):
-        gamma = jnp.float32(process.gamma_of_snr(snr, table.shape[-1]))
+        gamma = jnp.float32(process.gamma_of_snr(snr, embeddings.shape[-1]))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(_NOISE_SEED), number), j)
-        z, zeros = _diffused(table, tokens, gamma, key)
+        z, zeros = _diffused(embeddings, tokens, gamma, key)
         features = read(z, zeros, gamma)
-        level = {"all": _cross_entropy(head, features, tokens, mask)}
+        level = {"all": _cross_entropy(vocabulary, features, tokens, mask)}
         if detail:
-            estimate = _estimate(head, table, features)
+            estimate = _estimate(vocabulary, features)
             # The noise goes with its token: what differs is the order alone.
             z_shuffled = jnp.take_along_axis(z, order[..., None], axis=1)
             level |= {
                 "true": level["all"],
-                "self_conditioned": _cross_entropy(head, read(z, estimate, gamma), tokens, mask),
-                "shuffled": _cross_entropy(head, read(z_shuffled, zeros, gamma), shuffled, mask),
-                "none": _without_context(table, tokens, mask, z, gamma, params["log_unigram"]),
+                "self_conditioned": _cross_entropy(vocabulary, read(z, estimate, gamma), tokens, mask),
+                "shuffled": _cross_entropy(vocabulary, read(z_shuffled, zeros, gamma), shuffled, mask),
+                "none": _without_context(vocabulary, tokens, mask, z, gamma),
             }
         levels.append(level)
     return {name: np.array([level[name] for level in levels]) for name in levels[0]}
@@ -109,7 +109,7 @@ def nearest_neighbour_distance(model: nn.Module, params: Mapping) -> jax.Array:
 
     Random directions give about sqrt(2) less a little; collapsing embeddings go to 0.
     """
-    table = _embedding_table(model, params)
+    table = _vocabulary(model, params).embeddings
     table = table / jnp.linalg.norm(table, axis=-1, keepdims=True)
     vocab_size = table.shape[0]
     block = min(512, vocab_size)
@@ -126,13 +126,8 @@ def nearest_neighbour_distance(model: nn.Module, params: Mapping) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embedding_table(model, params):
-    return model.apply({"params": params}, method="embedding_table")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _head(model, params):
-    return model.apply({"params": params}, method="head")
+def _vocabulary(model, params):
+    return model.apply({"params": params}, method="vocabulary")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -141,35 +136,35 @@ def _encode_prompt(model, params, prompt):
 
 
 @jax.jit
-def _diffused(table, tokens, gamma, key):
+def _diffused(embeddings, tokens, gamma, key):
     """Noisy embeddings, and zeros of their shape."""
-    noise = jax.random.normal(key, (*tokens.shape, table.shape[-1]))
-    return process.diffuse(table[tokens], noise, gamma), jnp.zeros_like(noise)
+    noise = jax.random.normal(key, (*tokens.shape, embeddings.shape[-1]))
+    return process.diffuse(embeddings[tokens], noise, gamma), jnp.zeros_like(noise)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _features(model, params, prompt_kv, z, x_hat, gamma):
-    """What the logits are made of by the head, at one noise level."""
+def _features(model, params, vocabulary, prompt_kv, z, x_hat, gamma):
+    """What the logits are made of, at one noise level."""
     gamma, known = jnp.full(len(z), gamma), jnp.zeros(z.shape[:2], bool)
-    return model.apply({"params": params}, z, gamma, x_hat, known, prompt_kv, method="features")
+    return model.apply({"params": params}, vocabulary, z, gamma, x_hat, known, prompt_kv, method="features")
 
 
 @jax.jit
-def _estimate(head, table, features):
+def _estimate(vocabulary, features):
     """The model's first estimate of the clean embeddings."""
-    return expected_embedding(token_logits(features, *head), table.astype(head[0].dtype))
+    return vocabulary.expected_embedding(vocabulary.logits(features))
 
 
 @jax.jit
-def _cross_entropy(head, features, tokens, padding_mask):
+def _cross_entropy(vocabulary, features, tokens, padding_mask):
     """Summed cross-entropy of the real tokens, in nats."""
-    losses = cross_entropy(features.reshape(-1, features.shape[-1]), *head, tokens.reshape(-1))
-    return jnp.sum(jnp.where(padding_mask, losses.reshape(tokens.shape), 0.0))
+    return jnp.sum(jnp.where(padding_mask, vocabulary.cross_entropy(features, tokens), 0.0))
 
 
 @jax.jit
-def _without_context(table, tokens, padding_mask, z, gamma, log_unigram):
+def _without_context(vocabulary, tokens, padding_mask, z, gamma):
     """The same for softmax(prior + log unigram), the exact posterior of a token seen alone."""
-    log_probs = jax.nn.log_softmax(process.posterior_scale(gamma) * (z @ table.T) + log_unigram)
+    scores = process.posterior_scale(gamma) * (z @ vocabulary.embeddings.T)
+    log_probs = jax.nn.log_softmax(scores + vocabulary.log_unigram)
     losses = -jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(padding_mask, losses, 0.0))

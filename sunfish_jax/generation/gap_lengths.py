@@ -109,9 +109,13 @@ def _scores(model, params, schedule, prompt, keys, tokens, layouts) -> np.ndarra
 def _cross_entropy(model, params, prompt, keys, tokens, known, gamma):
     """Cross-entropy of tokens [n, S] noised to one level, but for the known ones, in nats."""
     variables = {"params": params}
-    clean = model.apply(variables, method="embedding_table")[tokens]
+    vocabulary = model.apply(variables, method="vocabulary")
+    clean = vocabulary.embeddings[tokens]
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
     gamma = jnp.full(len(keys), gamma)
     z = jnp.where(known[..., None], clean, process.diffuse(clean, noise, gamma))
     prompt_kv = model.apply(variables, prompt, method="encode_prompt")
-    return model.apply(variables, tokens, z, gamma, jnp.zeros_like(z), known, prompt_kv, method="cross_entropy")
+    no_estimate = jnp.zeros_like(z)
+    return model.apply(
+        variables, vocabulary, tokens, z, gamma, no_estimate, known, prompt_kv, method="cross_entropy"
+    )

@@ -19,7 +19,6 @@ from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.models.denoiser import PromptKeysValues, compute_params
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.ops.cross_entropy import token_logits
 
 # Positions in one call: more rows are done in turns, so that the logits fit into memory.
 _POSITIONS_AT_ONCE = 2048
@@ -142,16 +141,17 @@ def _generate(
     def encode(prompt: Prompt) -> PromptKeysValues:
         return model.apply(variables, prompt, method="encode_prompt")
 
+    vocabulary = model.apply(variables, method="vocabulary")
+
     def features(z, gamma, x_hat, *prompts):
-        return model.apply(variables, z, gamma, x_hat, known, *prompts, method="features")
+        return model.apply(variables, vocabulary, z, gamma, x_hat, known, *prompts, method="features")
 
     # Of a prompt that is not given, one position is read.
     no_prompt = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:, :1]), prompt)
     guided_features = guided(features, encode(prompt), encode(no_prompt), guidance_scale, tuple(interval))
-    head = model.apply(variables, method="head")
 
     def denoise(z, gamma, x_hat):
-        return token_logits(guided_features(z, gamma, x_hat), *head)
+        return vocabulary.logits(guided_features(z, gamma, x_hat))
 
     def constrained(z, gamma, x_hat):
         # After guidance, which would take the difference of two infinities.
@@ -160,7 +160,7 @@ def _generate(
 
     return samplers.sample(
         denoise if constraint is None else constrained,
-        model.apply(variables, method="embedding_table"),
+        vocabulary.embeddings,
         steps,
         key=keys,
         shape=(batch, seq_len),

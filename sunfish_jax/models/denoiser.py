@@ -13,7 +13,7 @@ from sunfish_jax.models.layers import NoiseLevelFeatures, TransformerLayer, kern
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
-from sunfish_jax.ops.dense import dense
+from sunfish_jax.ops.dense import dense, row_major
 
 # Parameters of two dimensions with these endings are kernels: matrices that features are multiplied with.
 KERNEL_SUFFIXES = ("_in", "_out", "kernel")
@@ -44,6 +44,34 @@ class PromptKeysValues:
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
 
+@flax.struct.dataclass
+class Vocabulary:
+    """What the model knows of the tokens, made from its parameters once for many passes.
+
+    Attributes:
+      embeddings: [V, D] float32, the clean embeddings E, rows of norm sqrt(D).
+      head: [D + W, V] in the dtype of the products: E^T, and under it the head's own table H^T.
+      log_unigram: [V] float32, log frequencies, constant: the prior over a token before anything is seen of it.
+    """
+
+    embeddings: jax.Array
+    head: jax.Array
+    log_unigram: jax.Array
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of what `TextDenoiser.features` returns, [..., D + W]."""
+        return token_logits(features, self.head, self.log_unigram)
+
+    def expected_embedding(self, logits: jax.Array) -> jax.Array:
+        """softmax(logits) E, the mean embedding [..., D] float32; logits are [..., V]."""
+        return expected_embedding(logits, self.embeddings.astype(self.head.dtype))
+
+    def cross_entropy(self, features: jax.Array, tokens: jax.Array) -> jax.Array:
+        """-log p(token) in nats, the shape of tokens, float32; features are [..., D + W]."""
+        rows = features.reshape(-1, features.shape[-1])
+        return cross_entropy(rows, self.head, self.log_unigram, tokens.reshape(-1)).reshape(tokens.shape)
+
+
 class TextDenoiser(nn.Module):
     """A bidirectional transformer that predicts the clean tokens behind noisy embeddings.
 
@@ -69,8 +97,7 @@ class TextDenoiser(nn.Module):
         self.raw_embedding = self.param(
             "embedding", nn.initializers.normal(1.0), (self.vocab_size, self.embedding_dim)
         )
-        # Log frequencies of the tokens, set from the training text and never trained: the prior over a token
-        # before anything is seen of it.
+        # Set from the training text and never trained.
         self.log_unigram = self.param("log_unigram", zeros, (self.vocab_size,))
         self.input_kernel = self.param(
             "input_kernel", kernel_init(2 * self.embedding_dim), (2 * self.embedding_dim, width)
@@ -94,15 +121,13 @@ class TextDenoiser(nn.Module):
         # Zero at the start, where the single-token posterior is all that is predicted.
         self.head_table = self.param("head_table", zeros, (self.vocab_size, width))
 
-    def embedding_table(self) -> jax.Array:
-        """The clean embeddings E: [V, D] float32, rows of norm sqrt(D)."""
+    def vocabulary(self) -> Vocabulary:
+        """The tokens' embeddings, and what makes logits of `features`."""
         norm = jnp.linalg.norm(self.raw_embedding, axis=-1, keepdims=True)
-        return self.raw_embedding * (self.embedding_dim**0.5 / norm)
-
-    def head(self) -> tuple[jax.Array, jax.Array]:
-        """What makes logits of `features`: E beside the head's table H, [V, D + W], and the log unigram [V]."""
-        tables = (self.embedding_table(), self.head_table)
-        return jnp.concatenate([table.astype(self.dtype) for table in tables], axis=-1), self.log_unigram
+        embeddings = self.raw_embedding * (self.embedding_dim**0.5 / norm)
+        # Turned here, once, so that no pass has to turn its gradient.
+        head = jnp.concatenate([embeddings.astype(self.dtype).T, self.head_table.astype(self.dtype).T])
+        return Vocabulary(embeddings, row_major(head), self.log_unigram)
 
     def encode_prompt(self, prompt: Prompt) -> PromptKeysValues:
         """Keys and values of every layer for prompts [B, P]; a row without a prompt gets the null prompt."""
@@ -121,19 +146,20 @@ class TextDenoiser(nn.Module):
         parts = [split_heads(part, batch, self.num_heads) for part in jnp.split(both, 2 * self.num_layers, axis=-1)]
         return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)
 
-    def features(self, z, gamma, x_hat, known_mask, *prompts: PromptKeysValues, row_seeds=None) -> jax.Array:
-        """What the logits are made of by `head`: (alpha / sigma^2) z beside the network's h.
+    def features(self, vocabulary, z, gamma, x_hat, known_mask, *prompts, row_seeds=None) -> jax.Array:
+        """What `Vocabulary.logits` takes: (alpha / sigma^2) z beside the network's h.
 
         logits = (alpha / sigma^2) z E^T + h H^T + log unigram: the network corrects the exact posterior of a single
         token (Plaid, Gulrajani and Hashimoto 2023).
 
         Args:
+          vocabulary: from the method of that name.
           z: [B, S, D] noisy embeddings; clean ones where known.
           gamma: [B] noise level, log(sigma^2 / alpha^2).
           x_hat: [B, S, D] an earlier estimate of the clean embeddings, or zeros.
           known_mask: [B, S] bool, True where z is clean.
-          *prompts: k times the keys and values of a prompt for each row, from `encode_prompt`. What comes before a
-            prompt is read is computed once for all k.
+          *prompts: k times the `PromptKeysValues` of a prompt for each row, from `encode_prompt`. What comes before
+            a prompt is read is computed once for all k.
           row_seeds: [B] uint32 for dropout, where k is 1; None for none.
 
         Returns:
@@ -141,7 +167,7 @@ class TextDenoiser(nn.Module):
         """
         batch, length, dim = z.shape
         prior = posterior_scale(gamma)[:, None, None] * z
-        context_free = self._single_token_mean(prior)
+        context_free = _single_token_mean(vocabulary, prior)
         context_free = jnp.where(known_mask[..., None], z, context_free)
         inputs = jnp.concatenate([z, context_free, x_hat], axis=-1).reshape(batch * length, 3 * dim)
         kernel = jnp.concatenate([self.input_kernel, self.estimate_kernel]).astype(self.dtype)
@@ -160,39 +186,36 @@ class TextDenoiser(nn.Module):
         x = rms_norm(x.reshape(-1, batch, length, self.width), scales[-1]).reshape(x.shape)
         return jnp.concatenate([jnp.tile(prior, (len(prompts), 1, 1)), x], axis=-1)
 
-    def _single_token_mean(self, prior: jax.Array) -> jax.Array:
-        """E[e | z] for each token by itself, with the tokens' frequencies as prior; no gradient flows.
-
-        prior: [B, S, D], (alpha / sigma^2) z. Returns [B, S, D].
-        """
-        table = jax.lax.stop_gradient(self.embedding_table()).astype(self.dtype)
-        prior = jax.lax.stop_gradient(prior)
-        log_unigram = jax.lax.stop_gradient(self.log_unigram)
-        return expected_embedding(token_logits(prior, table, log_unigram), table)
-
-    def logits(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
+    def logits(self, vocabulary, z, gamma, x_hat, known_mask, prompt) -> jax.Array:
         """Logits over the vocabulary, [B, S, V] float32; the arguments are those of `features`."""
-        features = self.features(z, gamma, x_hat, known_mask, prompt)
-        return token_logits(features, *self.head())
+        return vocabulary.logits(self.features(vocabulary, z, gamma, x_hat, known_mask, prompt))
 
-    def estimate(self, z, gamma, x_hat, known_mask, prompt: PromptKeysValues) -> jax.Array:
+    def estimate(self, vocabulary, z, gamma, x_hat, known_mask, prompt) -> jax.Array:
         """x_hat = softmax(logits) E, [B, S, D] float32; the arguments are those of `features`."""
-        logits = self.logits(z, gamma, x_hat, known_mask, prompt)
-        return expected_embedding(logits, self.embedding_table().astype(self.dtype))
+        return vocabulary.expected_embedding(self.logits(vocabulary, z, gamma, x_hat, known_mask, prompt))
 
-    def cross_entropy(self, tokens, z, gamma, x_hat, known_mask, prompt, row_seeds=None) -> jax.Array:
+    def cross_entropy(self, vocabulary, tokens, z, gamma, x_hat, known_mask, prompt, row_seeds=None) -> jax.Array:
         """-log p(token | z, gamma, x_hat, prompt) in nats, [B, S] float32.
 
         tokens is [B, S] int32; the other arguments are those of `features`.
         """
-        features = self.features(z, gamma, x_hat, known_mask, prompt, row_seeds=row_seeds)
-        features = features.reshape(-1, features.shape[-1])
-        losses = cross_entropy(features, *self.head(), tokens.reshape(-1))
-        return losses.reshape(tokens.shape)
+        features = self.features(vocabulary, z, gamma, x_hat, known_mask, prompt, row_seeds=row_seeds)
+        return vocabulary.cross_entropy(features, tokens)
 
     def __call__(self, tokens, z, gamma, x_hat, known_mask, prompt: Prompt) -> jax.Array:
         """Everything once, for initialisation: the arguments are those of `cross_entropy`."""
-        return self.cross_entropy(tokens, z, gamma, x_hat, known_mask, self.encode_prompt(prompt))
+        keys_values = self.encode_prompt(prompt)
+        return self.cross_entropy(self.vocabulary(), tokens, z, gamma, x_hat, known_mask, keys_values)
+
+
+def _single_token_mean(vocabulary: Vocabulary, prior: jax.Array) -> jax.Array:
+    """E[e | z] for each token by itself, with the tokens' frequencies as prior; no gradient flows.
+
+    prior: [B, S, D], (alpha / sigma^2) z. Returns [B, S, D].
+    """
+    vocabulary, prior = jax.lax.stop_gradient((vocabulary, prior))
+    logits = token_logits(prior, vocabulary.head[: prior.shape[-1]], vocabulary.log_unigram)
+    return vocabulary.expected_embedding(logits)
 
 
 def make_model(config: ConfigDict, vocab_size: int, prompt_encoder) -> TextDenoiser:
@@ -230,12 +253,9 @@ def init_params(model: TextDenoiser, key: jax.Array) -> Any:
 
 
 def compute_params(params: Any, dtype: jnp.dtype) -> Any:
-    """Kernels and the head's table in the dtype they are multiplied in, cast once for many passes.
-
-    Vectors stay float32, and so do the embeddings, which are normalised first.
-    """
+    """Kernels in the dtype they are multiplied in, cast once for many passes; the rest stays float32."""
 
     def cast(path, p):
-        return p.astype(dtype) if path[-1].key.endswith((*KERNEL_SUFFIXES, "head_table")) and p.ndim > 1 else p
+        return p.astype(dtype) if path[-1].key.endswith(KERNEL_SUFFIXES) and p.ndim > 1 else p
 
     return jax.tree.map_with_path(cast, params)

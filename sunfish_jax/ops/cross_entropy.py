@@ -3,15 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from sunfish_jax.ops.dense import transposed_copy
+from sunfish_jax.ops.dense import kernel_gradient, times_transposed
 
 
 def token_logits(features: jax.Array, table: jax.Array, bias: jax.Array) -> jax.Array:
-    """features @ table.T + bias, accumulated and kept in float32.
+    """features @ table + bias, accumulated and kept in float32.
 
     Args:
       features: [..., D].
-      table: [V, D]; its dtype is the one multiplied in.
+      table: [D, V]; its dtype is the one multiplied in.
       bias: [V] float32.
 
     Returns:
@@ -19,7 +19,7 @@ def token_logits(features: jax.Array, table: jax.Array, bias: jax.Array) -> jax.
     """
     # XLA:CPU's fast library wants two dimensions.
     rows = features.reshape(-1, features.shape[-1]).astype(table.dtype)
-    logits = jax.lax.dot_general(rows, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    logits = jnp.dot(rows, table, preferred_element_type=jnp.float32)
     return (logits + bias).reshape(*features.shape[:-1], -1)
 
 
@@ -49,11 +49,11 @@ def expected_embedding(logits: jax.Array, table: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def cross_entropy(features: jax.Array, table: jax.Array, bias: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(features @ table.T + bias)[targets] in nats.
+    """-log softmax(features @ table + bias)[targets] in nats.
 
     Args:
       features: [N, D].
-      table: [V, D]; its dtype is the one multiplied in.
+      table: [D, V], so that its gradient is made the way it is stored; its dtype is the one multiplied in.
       bias: [V] float32, a constant: no gradient flows to it.
       targets: [N] int32 in [0, V).
 
@@ -68,23 +68,18 @@ def _cross_entropy_forward(features, table, bias, targets):
     exponentials, total, highest = _exponentials(logits)
     at_target = jnp.take_along_axis(logits, targets[:, None], axis=1)
     loss = (jnp.log(total) + highest - at_target)[:, 0]
-    # Kept unnormalised and narrow: half the memory traffic of float32 probabilities.
-    return loss, (features, table, jnp.zeros_like(bias), targets, exponentials.astype(table.dtype), total)
+    # d loss / d logits = softmax - onehot(target), kept unnormalised and narrow: half the traffic of float32.
+    is_target = jnp.arange(logits.shape[1]) == targets[:, None]
+    slope = jnp.where(is_target, exponentials - total, exponentials).astype(table.dtype)
+    return loss, (features, table, jnp.zeros_like(bias), slope, total)
 
 
 def _cross_entropy_backward(residuals, g):
-    features, table, no_gradient, targets, exponentials, total = residuals
-    # d loss / d logits = softmax - onehot(target): the dense and the sparse part go separate ways.
+    features, table, no_gradient, slope, total = residuals
     scale = g[:, None] / total
-    d_features = scale * jnp.dot(exponentials, table, preferred_element_type=jnp.float32)
-    d_features -= g[:, None] * table[targets].astype(jnp.float32)
-    # features^T @ softmax rather than softmax^T @ features: the transposed copy is of the narrow operand.
-    scaled = (features.astype(jnp.float32) * scale).astype(table.dtype)
-    d_table = jnp.dot(transposed_copy(scaled), exponentials, preferred_element_type=jnp.float32)
-    # Without the barrier XLA folds the transpose back into the slow form of the product.
-    d_table = jax.lax.optimization_barrier(d_table).T
-    d_table = d_table.at[targets].add(-g[:, None] * features.astype(jnp.float32))
-    return d_features.astype(features.dtype), d_table.astype(table.dtype), no_gradient, None
+    d_features = scale * times_transposed(slope, table)
+    d_table = kernel_gradient((features.astype(jnp.float32) * scale).astype(table.dtype), slope)
+    return d_features.astype(features.dtype), d_table, no_gradient, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -9,11 +9,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.models.denoiser import TextDenoiser, compute_params
+from sunfish_jax.models.denoiser import TABLES, TextDenoiser, compute_params
 from sunfish_jax.models.prompt import Prompt, round_up
+from sunfish_jax.training.passes import draw_rows, pass_loss
 from sunfish_jax.training.sharding import batch_sharding, state_shardings
 from sunfish_jax.training.state import create_state
-from sunfish_jax.training.step import make_train_step, microbatch_loss
+from sunfish_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +58,28 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
     )
     narrow = jax.eval_shape(lambda params: compute_params(params, model.dtype), state.params)
 
-    def kept(params, rows):
-        gamma = jnp.zeros(rows.tokens.shape[0])
-        keys = jax.random.split(jax.random.key(0), 3)
-        return jax.vjp(
-            lambda p: microbatch_loss(model, p, config.diffusion, rows, gamma, keys, 0, 1.0), params, has_aux=True
-        )[1]
+    vocabulary = jax.eval_shape(lambda params: model.apply({"params": params}, method="vocabulary"), state.params)
+    # The tables are read as what the vocabulary makes of them.
+    others = {name: leaf for name, leaf in narrow.items() if name not in TABLES}
 
-    rows = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(batch_sharding(mesh).shard_shape(leaf.shape)[1:], leaf.dtype), batch
+    def kept(params, vocabulary, batch):
+        shape = batch.tokens.shape[:2]
+        keys, numbers = jax.random.split(jax.random.key(0), 3), jnp.zeros(shape, jnp.int32)
+        drawn = draw_rows(batch, jnp.zeros(shape), keys, numbers, config.diffusion.conditioning_dropout)
+        rows = jax.tree.map(lambda leaf: leaf[0], drawn)
+        x_hat = jnp.zeros((*rows.tokens.shape, model.embedding_dim))
+        return jax.vjp(lambda p, v: pass_loss(model, p, v, rows, x_hat, 1.0), params, vocabulary, has_aux=True)[1]
+
+    of_device = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(batch_sharding(mesh).shard_shape(leaf.shape), leaf.dtype), batch
     )
-    # The backward pass is itself a pytree; its leaves are the arrays it keeps. The parameters among them are
-    # counted apart.
-    activations = tree_bytes(jax.eval_shape(kept, narrow, rows)) - tree_bytes(narrow)
+    # The backward pass is itself a pytree; its leaves are the arrays it keeps. The kernels and the head among them
+    # are counted apart.
+    kept_parameters = tree_bytes((others, vocabulary.head))
+    activations = tree_bytes(jax.eval_shape(kept, narrow, vocabulary, of_device)) - kept_parameters
     return StepMemory(
         state=state_bytes,
-        parameters=tree_bytes(narrow),
+        parameters=tree_bytes((others, vocabulary)),
         gradients=sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)),
         activations=max(0, activations),
     )

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimate
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule, fit_schedule
 from sunfish_jax.models.denoiser import TextDenoiser, compute_params
+from sunfish_jax.training.passes import device_gradients
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, state_shardings
 from sunfish_jax.training.state import (
     TrainState,
@@ -108,6 +108,9 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
     schedule_optimizer = make_schedule_optimizer(config.diffusion)
     learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
 
+    def vocabulary_of(params):
+        return model.apply({"params": params}, method="vocabulary")
+
     def batch_gradients(state: TrainState, batch: Batch) -> BatchGradients:
         gamma_key, *row_keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
         shape = batch.tokens.shape[:2]
@@ -115,7 +118,13 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
         # Every position but the given ones is predicted, the few padded ones too: they teach where texts end.
         num_targets = jnp.maximum(1, jnp.sum(~batch.known_mask)).astype(jnp.float32)
         narrow = compute_params(state.params, model.dtype)
-        grads, row_losses = summed_gradients(narrow, batch, gamma, jnp.stack(row_keys), num_targets)
+        vocabulary, to_params = jax.vjp(vocabulary_of, state.params)
+        (grads, of_vocabulary), row_losses = summed_gradients(
+            narrow, vocabulary, batch, gamma, jnp.stack(row_keys), num_targets
+        )
+        # The parameters of which the vocabulary is made are read through it alone.
+        (through_vocabulary,) = to_params(jax.tree.map(lambda g, v: g.astype(v.dtype), of_vocabulary, vocabulary))
+        grads = jax.tree.map(jnp.add, grads, through_vocabulary)
 
         targets = jnp.sum(~batch.known_mask, axis=-1)
         # Rows with given tokens are easier at the same gamma: the schedule describes the others.
@@ -148,31 +157,16 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
         )
         return next_state, metrics
 
-    def device_gradients(params, batch: Batch, gamma, row_keys, num_targets):
-        """Gradients of the mean loss, and each row's summed loss, from this device's rows of every microbatch."""
-        local_rows = gamma.shape[1]
-        all_rows = local_rows * jax.lax.axis_size(DATA_AXIS)
-        loss_and_gradient = jax.value_and_grad(microbatch_loss, argnums=1, has_aux=True)
-
-        def accumulate(total, microbatch):
-            index, rows, row_gamma = microbatch
-            first_row = index * all_rows + jax.lax.axis_index(DATA_AXIS) * local_rows
-            (_, row_losses), grads = loss_and_gradient(
-                model, params, config.diffusion, rows, row_gamma, row_keys, first_row, num_targets
-            )
-            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), row_losses
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        microbatches = (jnp.arange(gamma.shape[0]), batch, gamma)
-        grads, row_losses = jax.lax.scan(accumulate, zeros, microbatches)
+    def gradients_of_all_devices(*arguments):
+        gradients, row_losses = device_gradients(model, config.diffusion, *arguments)
         # A sum over one device would be a second copy of all gradients.
-        return grads if mesh.size == 1 else jax.lax.psum(grads, DATA_AXIS), row_losses
+        return gradients if mesh.size == 1 else jax.lax.psum(gradients, DATA_AXIS), row_losses
 
     rows = P(None, DATA_AXIS)
     summed_gradients = jax.shard_map(
-        device_gradients,
+        gradients_of_all_devices,
         mesh=mesh,
-        in_specs=(P(), rows, rows, P(), P()),
+        in_specs=(P(), P(), rows, rows, P(), P()),
         out_specs=(P(), rows),
         check_vma=False,
     )
@@ -180,61 +174,6 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
     whole = NamedSharding(mesh, P())
     gradient_shardings = BatchGradients(shardings.params, whole, shardings.schedule, shardings.schedule_opt_state)
     return TrainStep.sharded(batch_gradients, update, mesh, shardings, gradient_shardings)
-
-
-def microbatch_loss(model, params, config, batch, gamma, row_keys, first_row, num_targets):
-    """The summed loss of one forward pass's rows, over the number of targets of the whole step.
-
-    Args:
-      model: the denoiser.
-      params: its parameters, kernels in the compute dtype.
-      config: the `diffusion` group.
-      batch: rows without the microbatch axis: tokens [B, S] and so on.
-      gamma: [B] noise levels.
-      row_keys: three keys for noise, dropout and the dropping of prompts; each row folds in its global index.
-      first_row: [] global index of the first row.
-      num_targets: [] positions to predict in the whole optimiser step.
-
-    Returns:
-      The scalar loss, and each row's summed cross-entropy [B].
-    """
-    variables = {"params": params}
-    num_rows, length = batch.tokens.shape
-    noise_keys, dropout_keys, prompt_keys = jax.vmap(
-        lambda key: jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(num_rows))
-    )(row_keys)
-    noise = jax.vmap(lambda key: jax.random.normal(key, (length, model.embedding_dim)))(noise_keys)
-    # Without the barrier XLA makes the random numbers again in every fusion that reads them.
-    noise = jax.lax.optimization_barrier(noise)
-    row_seeds = jax.vmap(jax.random.bits)(dropout_keys)
-    dropped = jax.vmap(jax.random.uniform)(prompt_keys) < config.conditioning_dropout
-    prompt = batch.prompt.replace(mask=batch.prompt.mask & ~dropped[:, None])
-
-    rows = NoisyRows(batch.tokens, batch.known_mask, gamma, noise)
-    z = rows.noisy_embeddings(model.apply(variables, method="embedding_table"))
-    keys_values = model.apply(variables, prompt, method="encode_prompt")
-
-    def estimate(chosen):
-        # Stopped at the inputs, so that nothing of this pass is kept for the backward pass.
-        frozen, noisy, prompts = jax.lax.stop_gradient((variables, z[chosen], keys_values.select(chosen)))
-        no_estimate = jnp.zeros_like(noisy)
-        known_mask = batch.known_mask[chosen]
-        return model.apply(frozen, noisy, gamma[chosen], no_estimate, known_mask, prompts, method="estimate")
-
-    x_hat = first_estimate(estimate, z, first_row, config.self_conditioning_every)
-    losses = model.apply(
-        variables,
-        batch.tokens,
-        z,
-        gamma,
-        x_hat,
-        batch.known_mask,
-        keys_values,
-        row_seeds,
-        method="cross_entropy",
-    )
-    row_losses = jnp.sum(losses * ~batch.known_mask, axis=-1)
-    return row_losses.sum() / num_targets, row_losses
 
 
 def ema_decay(decay: float, step: jax.Array) -> jax.Array:

@@ -71,7 +71,9 @@ def xla_flops(function, *arguments) -> float:
 def test_a_forward_pass_costs_what_xla_counts(model):
     def logits(params, tokens, z, gamma, x_hat, known_mask, prompt):
         keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
-        return model.apply({"params": params}, z, gamma, x_hat, known_mask, keys_values, method="logits")
+        vocabulary = model.apply({"params": params}, method="vocabulary")
+        given = (vocabulary, z, gamma, x_hat, known_mask, keys_values)
+        return model.apply({"params": params}, *given, method="logits")
 
     parts = forward_flops(model, np.full(ROWS, LENGTH), np.full(ROWS, PROMPT_LENGTH))
     # The single-token posterior: logits and the mean embedding.
@@ -82,7 +84,7 @@ def test_a_forward_pass_costs_what_xla_counts(model):
 def test_a_training_pass_costs_what_xla_counts(model):
     def loss(params, tokens, noise, *given):
         # As in training, where z is a function of the embeddings.
-        z = model.apply({"params": params}, method="embedding_table")[tokens] + noise
+        z = model.apply({"params": params}, method="vocabulary").embeddings[tokens] + noise
         return model.apply({"params": params}, tokens, z, *given).sum()
 
     expected = useful_flops(model, make_batch(), diffusion())

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stubs import LogitsAsFeatures
 
 from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.process import posterior_scale
@@ -17,7 +18,7 @@ VOCAB, DIM, LENGTH, ROWS = 8, 16, 5, 64
 SCHEDULE = make_schedule("gumbel", DIM, VOCAB)
 
 
-class Stub(nn.Module):
+class Stub(LogitsAsFeatures):
     """The exact posterior of independent, evenly drawn tokens; a prompt halves the vocabulary.
 
     A row whose prompt is 0 holds the tokens 0-3 alone, one whose prompt is 1 the others.
@@ -26,15 +27,15 @@ class Stub(nn.Module):
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, DIM))
 
-    def embedding_table(self):
+    def embeddings(self):
         return self.table * DIM**0.5 / jnp.linalg.norm(self.table, axis=-1, keepdims=True)
 
     def encode_prompt(self, prompt):
         possible = jnp.arange(VOCAB) // 4 == prompt.inputs[:, :1]
         return jnp.where(possible | ~prompt.mask[:, :1], 0.0, -1e9)
 
-    def logits(self, z, gamma, x_hat, known_mask, prompt):
-        return posterior_scale(gamma)[:, None, None] * (z @ self.embedding_table().T) + prompt[:, None]
+    def logits(self, vocabulary, z, gamma, x_hat, known_mask, prompt):
+        return posterior_scale(gamma)[:, None, None] * (z @ vocabulary.embeddings.T) + prompt[:, None]
 
 
 PARAMS = {"table": jax.random.normal(jax.random.key(0), (VOCAB, DIM))}

@@ -28,14 +28,14 @@ class Stub(LogitsAsFeatures):
     def setup(self):
         self.raw = self.param("raw", nn.initializers.normal(1.0), (VOCAB, DIM))
 
-    def embedding_table(self):
+    def embeddings(self):
         return self.raw * DIM**0.5 / jnp.linalg.norm(self.raw, axis=-1, keepdims=True)
 
     def encode_prompt(self, prompt):
         return prompt.mask
 
-    def logits(self, z, gamma, x_hat, known_mask, prompt):
-        scores = process.posterior_scale(gamma)[:, None, None] * (z @ self.embedding_table().T)
+    def logits(self, vocabulary, z, gamma, x_hat, known_mask, prompt):
+        scores = process.posterior_scale(gamma)[:, None, None] * (z @ vocabulary.embeddings.T)
         if self.context:
             left = jnp.pad(scores, ((0, 0), (1, 0), (0, 0)))[:, :-1]
             scores = scores + jnp.roll(jnp.log(jax.nn.softmax(left) + 1e-3), 1, axis=-1)
@@ -54,7 +54,7 @@ def rows(num_batches=5, batch=6):
 
 def evaluate(model, table=None):
     raw = jax.random.normal(jax.random.key(3), (VOCAB, DIM)) if table is None else table
-    params = {"raw": raw, "log_unigram": np.full(VOCAB, -np.log(VOCAB), np.float32)}
+    params = {"raw": raw}
     return held_out.held_out_cross_entropy(model, params, list(rows()))
 
 
@@ -106,7 +106,7 @@ def test_every_length_is_looked_at_closely():
     short = jax.tree.map(lambda leaf: leaf[:, :, : LENGTH // 2] if leaf.ndim == 3 else leaf, wide)
     short = short.replace(prompt=wide.prompt)
     raw = jax.random.normal(jax.random.key(3), (VOCAB, DIM))
-    params = {"raw": raw, "log_unigram": np.full(VOCAB, -np.log(VOCAB), np.float32)}
+    params = {"raw": raw}
 
     def true_context(batches):
         figures = held_out.held_out_cross_entropy(Stub(context=True), params, batches)
@@ -124,11 +124,11 @@ def test_figures_repeat_and_compile_once():
 
 def test_nearest_neighbour_distance():
     # More rows than one block holds; unit vectors at right angles, then with one of them there twice.
-    class Table(nn.Module):
+    class Table(LogitsAsFeatures):
         def setup(self):
             self.table = self.param("table", nn.initializers.zeros, (600, 600))
 
-        def embedding_table(self):
+        def embeddings(self):
             return self.table
 
     def distance(table):

@@ -24,14 +24,14 @@ class Counting(LogitsAsFeatures):
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, DIM))
 
-    def embedding_table(self):
+    def embeddings(self):
         return self.table * DIM**0.5 / jnp.linalg.norm(self.table, axis=-1, keepdims=True)
 
     def encode_prompt(self, prompt):
         return prompt.mask
 
-    def logits(self, z, gamma, x_hat, known_mask, prompt):
-        similarity = z @ self.embedding_table().T
+    def logits(self, vocabulary, z, gamma, x_hat, known_mask, prompt):
+        similarity = z @ vocabulary.embeddings.T
         prior = posterior_scale(gamma)[:, None, None] * similarity
         belief = jax.nn.softmax(jnp.where(known_mask[..., None], 100 * similarity, prior))
         logits = prior

@@ -31,15 +31,15 @@ class Stub(LogitsAsFeatures):
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, DIM))
 
-    def embedding_table(self):
+    def embeddings(self):
         return self.table * DIM**0.5 / jnp.linalg.norm(self.table, axis=-1, keepdims=True)
 
     def encode_prompt(self, prompt):
         jax.debug.callback(lambda: encoded.append(1))
         return jnp.where(prompt.mask[:, 0, None], jax.nn.one_hot(prompt.inputs[:, 0], VOCAB), 0.0)
 
-    def logits(self, z, gamma, x_hat, known_mask, prompt):
-        prior = posterior_scale(gamma)[:, None, None] * (z @ self.embedding_table().T)
+    def logits(self, vocabulary, z, gamma, x_hat, known_mask, prompt):
+        prior = posterior_scale(gamma)[:, None, None] * (z @ vocabulary.embeddings.T)
         return self.prior * prior + 2 * jax.nn.one_hot(1, VOCAB) + prompt[:, None]
 
 

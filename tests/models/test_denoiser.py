@@ -58,21 +58,25 @@ def prompt_of(seed, mask=None):
 
 def logits(model, variables, inputs, prompt):
     keys_values = model.apply(variables, prompt, method="encode_prompt")
-    return model.apply(variables, *inputs, keys_values, method="logits")
+    return model.apply(variables, vocabulary(model, variables), *inputs, keys_values, method="logits")
+
+
+def vocabulary(model, variables):
+    return model.apply(variables, method="vocabulary")
 
 
 def test_untrained_logits_are_the_single_token_posterior(model, inputs):
     params = init_params(model, jax.random.key(0))
     params["log_unigram"] = jnp.linspace(-3.0, 0.0, model.vocab_size)
     z, gamma, *_ = inputs
-    table = model.apply({"params": params}, method="embedding_table")
-    expected = posterior_scale(gamma)[:, None, None] * (z @ table.T) + params["log_unigram"]
+    embeddings = vocabulary(model, {"params": params}).embeddings
+    expected = posterior_scale(gamma)[:, None, None] * (z @ embeddings.T) + params["log_unigram"]
     np.testing.assert_allclose(logits(model, {"params": params}, inputs, prompt_of(0)), expected, atol=1e-4)
 
 
 def test_embeddings_have_norm_sqrt_dim(model, variables):
-    table = model.apply(variables, method="embedding_table")
-    np.testing.assert_allclose(jnp.linalg.norm(table, axis=-1), 4.0, rtol=1e-5)
+    embeddings = vocabulary(model, variables).embeddings
+    np.testing.assert_allclose(jnp.linalg.norm(embeddings, axis=-1), 4.0, rtol=1e-5)
 
 
 def test_layers_are_traced_once_for_all(model, inputs, monkeypatch):
@@ -152,8 +156,9 @@ def test_several_prompts_in_one_pass_are_as_in_passes_of_their_own(model, variab
     # The null prompt of one position, which is not attended to but passed on.
     none = Prompt(np.zeros((ROWS, 1, 24), np.float16), np.zeros((ROWS, 1), bool))
     prompts = [model.apply(variables, prompt, method="encode_prompt") for prompt in (given, none, prompt_of(3))]
-    together = model.apply(variables, *inputs, *prompts, method="features")
-    alone = [model.apply(variables, *inputs, prompt, method="features") for prompt in prompts]
+    given = vocabulary(model, variables), *inputs
+    together = model.apply(variables, *given, *prompts, method="features")
+    alone = [model.apply(variables, *given, prompt, method="features") for prompt in prompts]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
     padded = prompt_of(5, np.zeros((ROWS, PROMPT_LENGTH), bool))
     np.testing.assert_allclose(
@@ -165,8 +170,9 @@ def test_several_prompts_in_one_pass_are_as_in_passes_of_their_own(model, variab
 def test_cross_entropy_is_that_of_the_logits(model, variables, inputs):
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, model.vocab_size, (ROWS, LENGTH)))
     keys_values = model.apply(variables, prompt_of(0), method="encode_prompt")
-    losses = model.apply(variables, tokens, *inputs, keys_values, method="cross_entropy")
-    log_probabilities = jax.nn.log_softmax(model.apply(variables, *inputs, keys_values, method="logits"))
+    given = vocabulary(model, variables), tokens, *inputs, keys_values
+    losses = model.apply(variables, *given, method="cross_entropy")
+    log_probabilities = jax.nn.log_softmax(logits(model, variables, inputs, prompt_of(0)))
     expected = -jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(losses, expected, atol=1e-4)
 
@@ -180,7 +186,8 @@ def test_rematerialisation_changes_no_gradient(model, variables, inputs):
 
         def loss(variables):
             keys_values = chosen.apply(variables, prompt_of(0), method="encode_prompt")
-            losses = chosen.apply(variables, tokens, *inputs, keys_values, row_seeds, method="cross_entropy")
+            given = vocabulary(chosen, variables), tokens, *inputs, keys_values, row_seeds
+            losses = chosen.apply(variables, *given, method="cross_entropy")
             return losses.sum()
 
         return jax.grad(loss)(variables)

@@ -27,7 +27,7 @@ def plain_attention(q, k, v, mask):
 
 
 def plain_cross_entropy(features, table, bias, targets):
-    log_probabilities = jax.nn.log_softmax(features @ table.T + bias)
+    log_probabilities = jax.nn.log_softmax(features @ table + bias)
     return -jnp.take_along_axis(log_probabilities, targets[:, None], axis=-1)[:, 0]
 
 
@@ -149,7 +149,7 @@ def test_cross_entropy(n, dim, vocab, dtype, seed):
     rng = np.random.default_rng(seed)
     targets = jnp.asarray(rng.integers(0, vocab, n), jnp.int32)
     bias = normal(rng, vocab)
-    arguments = normal(rng, n, dim), normal(rng, vocab, dim) / np.sqrt(dim)
+    arguments = normal(rng, n, dim), normal(rng, dim, vocab) / np.sqrt(dim)
     assert_same_function(
         lambda f, e: cross_entropy(f, e, bias, targets),
         lambda f, e: plain_cross_entropy(f, e, bias, targets),
@@ -170,7 +170,7 @@ def test_expected_embedding(n, dim, vocab, dtype, seed):
     rng = np.random.default_rng(seed)
     features, table, bias = normal(rng, n, dim), normal(rng, vocab, dim), normal(rng, vocab)
     table = table.astype(dtype)
-    got = expected_embedding(token_logits(features, table, bias), table)
+    got = expected_embedding(token_logits(features, table.T, bias), table)
     table, features = table.astype(jnp.float32), features.astype(dtype).astype(jnp.float32)
     assert_close(got, jax.nn.softmax(features @ table.T + bias) @ table, TOLERANCE[dtype])
 

@@ -47,7 +47,7 @@ def test_activations_grow_with_rows_and_shrink_with_rematerialisation():
     config.train.batch_size *= 2
     many = step_memory(config, model, make_mesh(1)).activations
     # The prompt's and the vocabulary's parts grow with the rows too; only constants stay.
-    assert 1.9 * few < many < 2.0 * few
+    assert many == pytest.approx(2 * few, rel=0.01)
     config.model.remat = True
     remat = make_model(config, config.tokenizer.vocab_size, ENCODER)
     assert step_memory(config, remat, make_mesh(1)).activations < 0.7 * many

@@ -8,12 +8,14 @@ from encoders import FrozenEncoder
 
 from configs import nano
 from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimate, self_conditioned_rows
+from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimates, self_conditioned_rows
+from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.models.denoiser import compute_params, make_model
 from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.training.passes import draw_rows, estimates, pass_loss
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import create_state, learning_rate_schedule
-from sunfish_jax.training.step import ema_decay, make_train_step, microbatch_loss
+from sunfish_jax.training.step import ema_decay, make_train_step
 
 VOCAB, LENGTH, PROMPT_LENGTH = 60, 16, 4
 ENCODER = FrozenEncoder(output_dim=24)
@@ -47,11 +49,22 @@ def random_batch(accumulate=2, rows=4):
     )
 
 
+def moved_state(config, model):
+    """Its parameters away from the zeros they start from, so that prompts and estimates change the losses."""
+    rng = np.random.default_rng(1)
+    state = create_state(config, model)
+    moved = {
+        path: p if path[-1].key == "log_unigram" else p + 0.1 * rng.normal(size=p.shape).astype(np.float32)
+        for path, p in jax.tree.leaves_with_path(state.params)
+    }
+    return state.replace(params=jax.tree.map_with_path(lambda path, _: moved[path], state.params))
+
+
 def trained(config, batch, devices=1, steps=3):
     """The losses of a few steps, and the state after them."""
     model = make_model(config, VOCAB, ENCODER)
     mesh = make_mesh(devices)
-    state = create_state(config, model)
+    state = moved_state(config, model)
     state = jax.device_put(state, state_shardings(state, mesh))
     step = make_train_step(config, model, mesh)
     losses = []
@@ -173,15 +186,18 @@ def test_learning_rate_warms_up_and_decays_to_zero(config):
 
 def test_untrained_loss_is_the_single_token_posteriors(config):
     """The whole path from tokens to loss against a float64 loop over positions."""
-    config.diffusion.conditioning_dropout = 0.0
     model = make_model(config, VOCAB, ENCODER)
     params = create_state(config, model, np.arange(VOCAB)).params
-    batch = jax.tree.map(lambda leaf: leaf[0], random_batch())
     gamma = jnp.asarray([-2.0, 0.0, 2.0, 4.0])
     keys = jax.random.split(jax.random.key(5), 3)
-    _, row_losses = microbatch_loss(model, params, config.diffusion, batch, gamma, keys, jnp.int32(8), 1.0)
+    batch = random_batch(accumulate=1)
+    rows = draw_rows(batch, gamma[None], keys, 8 + jnp.arange(4)[None], dropout=0.0)
+    rows, batch = jax.tree.map(lambda leaf: leaf[0], (rows, batch))
+    vocabulary = vocabulary_of(model, params)
+    no_estimates = jnp.zeros((4, LENGTH, model.embedding_dim))
+    _, row_losses = pass_loss(model, params, vocabulary, rows, no_estimates, 1.0)
 
-    table = np.asarray(model.apply({"params": params}, method="embedding_table"), np.float64)
+    table = np.asarray(vocabulary.embeddings, np.float64)
     bias = np.asarray(params["log_unigram"], np.float64)
     for row in range(4):
         row_key = jax.random.fold_in(keys[0], 8 + row)
@@ -210,51 +226,102 @@ def test_known_positions_are_given_clean():
     np.testing.assert_allclose(z[~batch.known_mask], np.sqrt(0.5) * (clean[~batch.known_mask] + 1.0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 6, 8])
+def vocabulary_of(model, params):
+    return model.apply({"params": params}, method="vocabulary")
+
+
+@pytest.mark.parametrize("num_passes", [1, 3, 8])
+@pytest.mark.parametrize("num_rows", [1, 2, 6])
 @pytest.mark.parametrize("every", [1, 3, 4])
-def test_self_conditioned_rows_are_those_of_the_global_index(num_rows, every):
-    for first_row in range(0, 3 * num_rows, num_rows):
-        rows, inside = self_conditioned_rows(jnp.int32(first_row), num_rows, every)
-        chosen = sorted(first_row + int(r) for r, i in zip(rows, inside, strict=True) if i)
-        assert chosen == [g for g in range(first_row, first_row + num_rows) if g % every == 0]
+def test_self_conditioned_rows_are_every_so_manieth_of_the_step(num_passes, num_rows, every):
+    for num_devices in (1, 2, 3):
+        chosen = self_conditioned_rows(num_passes, num_rows, num_devices, every)
+        assert chosen.shape[2] <= num_rows
+        numbers = []
+        for device, indices in enumerate(chosen.reshape(num_devices, -1)):
+            passes, rows = np.divmod(indices[indices >= 0], num_rows)
+            numbers += list((passes * num_devices + device) * num_rows + rows)
+        assert sorted(numbers) == list(range(0, num_passes * num_devices * num_rows, every))
+        # What no device needs is not computed.
+        assert (chosen >= 0).sum(axis=(1, 2)).max() > chosen[0].size - len(chosen[0])
+    assert self_conditioned_rows(num_passes, num_rows, 1, 0).size == 0
 
 
-def test_first_estimate_fills_only_the_chosen_rows_and_stops_gradients():
+def test_first_estimates_fill_only_the_chosen_rows_and_stop_gradients():
     z = jnp.ones((6, 2, 3))
 
-    def x_hat(scale):
-        return first_estimate(lambda rows: scale * z[rows], z, jnp.int32(6), 4)
+    def x_hat(scale, chosen):
+        return first_estimates(lambda rows: scale * z[rows], z.shape, np.array(chosen))
 
     expected = np.zeros((6, 2, 3))
-    expected[2] = 5.0
-    np.testing.assert_array_equal(x_hat(5.0), expected)
-    assert float(jax.grad(lambda scale: x_hat(scale).sum())(5.0)) == 0.0
-    assert not np.any(first_estimate(lambda rows: z[rows], z, jnp.int32(0), 0))
+    expected[[0, 4, 5]] = 5.0
+    np.testing.assert_array_equal(x_hat(5.0, [[4, 0], [5, -1]]), expected)
+    assert float(jax.grad(lambda scale: x_hat(scale, [[4, 0], [5, -1]]).sum())(5.0)) == 0.0
+    assert not np.any(x_hat(5.0, np.zeros((0, 2), int)))
 
 
-def test_prompts_are_dropped_at_the_stated_rate(config):
-    config.train.accumulate_steps, config.train.batch_size = 1, 400
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), random_batch(1, 400))
-    batch = batch.replace(prompt=batch.prompt.replace(mask=np.ones_like(batch.prompt.mask)))
+def test_estimates_are_the_models_own_for_each_row_by_itself(config):
     model = make_model(config, VOCAB, ENCODER)
-    params = create_state(config, model).params
-    # The head is moved from zero so that prompts change the losses.
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
-    keys = jax.random.split(jax.random.key(5), 3)
+    params = moved_state(config, model).params
+    vocabulary = vocabulary_of(model, params)
+    batch = jax.tree.map(jnp.asarray, random_batch(accumulate=2, rows=3))
+    keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(6).reshape(2, 3)
+    rows = draw_rows(batch, jnp.linspace(-1.0, 3.0, 6).reshape(2, 3), keys, numbers, dropout=0.5)
+    got = estimates(model, params, vocabulary, rows, jnp.asarray([[1, 5], [3, -1]])).reshape(6, LENGTH, -1)
+    np.testing.assert_array_equal(got[jnp.asarray([0, 2, 4])], 0.0)
+    for index in (1, 3, 5):
+        row = jax.tree.map(lambda leaf, index=index: leaf.reshape(6, *leaf.shape[2:])[index, None], rows)
+        z = row.noisy_embeddings(vocabulary.embeddings)
+        prompt = model.apply({"params": params}, row.prompt, method="encode_prompt")
+        given = (vocabulary, z, row.gamma, jnp.zeros_like(z), row.known_mask, prompt)
+        expected = model.apply({"params": params}, *given, method="estimate")[0]
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(got[index], expected, atol=1e-4)
 
-    def losses(conditioning_dropout):
-        config.diffusion.conditioning_dropout = conditioning_dropout
-        with_seeds = jax.jit(
-            lambda p: microbatch_loss(model, p, config.diffusion, batch, jnp.zeros(400), keys, jnp.int32(0), 1.0)
-        )
-        return np.asarray(with_seeds(params)[1])
 
-    never, sometimes, always = losses(0.0), losses(0.25), losses(1.0)
-    dropped = sometimes != never
+def test_the_steps_gradient_is_that_of_the_mean_loss(config):
+    """All passes and both ways to the tables, against one automatic gradient of the whole."""
+    config.optimizer.name = "adamw"
+    model, mesh = make_model(config, VOCAB, ENCODER), make_mesh(1)
+    state = moved_state(config, model)
+    batch = jax.tree.map(jnp.asarray, random_batch())
+    got = make_train_step(config, model, mesh).gradients(state, batch)
+
+    gamma_key, *keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
+    gamma = state.schedule.gamma(stratified_uniforms(gamma_key, 8)).reshape(2, 4)
+    rows = draw_rows(batch, gamma, keys, jnp.arange(8).reshape(2, 4), config.diffusion.conditioning_dropout)
+    num_targets = np.sum(~batch.known_mask)
+
+    def loss(params):
+        vocabulary = vocabulary_of(model, params)
+        x_hat = estimates(model, params, vocabulary, rows, jnp.asarray([[0, 4]]))
+        passes = [jax.tree.map(lambda leaf, a=a: leaf[a], (rows, x_hat)) for a in range(2)]
+        return sum(pass_loss(model, params, vocabulary, *one, num_targets)[0] for one in passes)
+
+    value, expected = jax.value_and_grad(loss)(state.params)
+    assert float(got.loss) == pytest.approx(float(value), rel=1e-5)
+    expected["log_unigram"] = jnp.zeros(VOCAB)
+    for (path, g), e in zip(jax.tree.leaves_with_path(got.params), jax.tree.leaves(expected), strict=True):
+        tolerance = 1e-5 * max(1e-3, float(jnp.abs(e).max()))
+        np.testing.assert_allclose(g, e, atol=10 * tolerance, err_msg=jax.tree_util.keystr(path))
+    assert np.abs(expected["estimate_kernel"]).max() > 0
+
+
+def test_prompts_are_dropped_at_the_stated_rate():
+    batch = random_batch(1, 400)
+    batch = batch.replace(prompt=batch.prompt.replace(mask=np.ones_like(batch.prompt.mask)))
+    keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(400)[None]
+
+    def given(dropout):
+        rows = draw_rows(batch, jnp.zeros((1, 400)), keys, numbers, dropout)
+        mask = np.asarray(rows.prompt.mask[0])
+        assert (mask.all(axis=-1) == mask.any(axis=-1)).all()
+        return mask.any(axis=-1)
+
+    assert given(0.0).all()
+    assert not given(1.0).any()
     # A binomial of 400: standard error 0.022.
-    assert abs(dropped.mean() - 0.25) < 0.07
-    np.testing.assert_allclose(sometimes[dropped], always[dropped], rtol=1e-5)
+    assert abs(given(0.25).mean() - 0.75) < 0.07
 
 
 def test_what_products_read_as_it_is_is_cast_to_the_compute_dtype(config):
@@ -262,4 +329,4 @@ def test_what_products_read_as_it_is_is_cast_to_the_compute_dtype(config):
     narrow = compute_params(create_state(config, model).params, jnp.bfloat16)
     kept = {path[-1].key for path, leaf in jax.tree.leaves_with_path(narrow) if leaf.dtype == jnp.float32}
     vectors = {"known_vector", "null_prompt", "log_unigram", "bias_in", "attention_taps", "mlp_taps"}
-    assert kept == {"embedding"} | vectors
+    assert kept == {"embedding", "head_table"} | vectors

@@ -50,7 +50,7 @@ def test_a_run_has_the_averaged_parameters_and_the_fitted_schedule(trained):
     assert run.tokenizer.decode(run.tokenizer("a puppy").input_ids) == "a puppy"
     jax.tree.map(np.testing.assert_array_equal, run.params, state.ema_params)
     assert run.schedule.mu == state.schedule.mu
-    table = run.model.apply({"params": run.params}, method="embedding_table")
+    table = run.model.apply({"params": run.params}, method="vocabulary").embeddings
     assert table.shape == (len(run.tokenizer), 32)
 
 
