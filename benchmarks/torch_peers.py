@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from torch_process import TorchProcess
 
 from sunfish_jax.data.batches import Batch
+from sunfish_jax.diffusion.guidance import PASSES_A_DIFFERENCE
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.samplers import Steps
 from sunfish_jax.diffusion.schedules import Schedule
@@ -135,6 +136,7 @@ class SamplingTask:
     def send(self, torch: TorchProcess) -> None:
         low, high = self.guided_gammas
         gamma = np.asarray(self.steps.gamma)
+        guided = (low <= gamma) & (gamma <= high)
         arrays = {
             "noise": self.noise,
             "prompt_inputs": self.prompt.inputs,
@@ -142,6 +144,7 @@ class SamplingTask:
             "gamma": gamma,
             "z": self.steps.z,
             "x_hat": self.steps.x_hat,
-            "guided": (low <= gamma) & (gamma <= high),
+            "guided": guided,
+            "told_both": guided & (np.cumsum(guided) % PASSES_A_DIFFERENCE == 1 % PASSES_A_DIFFERENCE),
         }
         torch.call("case", arrays, name=self.name, guidance_scale=self.guidance_scale)

@@ -375,12 +375,14 @@ class Steps(NamedTuple):
     Attributes:
       gamma, z, x_hat: [N]: the noise level, and the factors of z and x_hat in the next z (DDIM has no others).
       guided: [N] bool, where guidance acts.
+      told_both: [N] bool, where what it adds is made anew, by a pass without the prompt beside the one with it.
     """
 
     gamma: list[float]
     z: list[float]
     x_hat: list[float]
     guided: list[bool]
+    told_both: list[bool]
 
 
 class Sampler:
@@ -416,16 +418,20 @@ class Sampler:
             known = torch.zeros(z.shape[:2], dtype=torch.bool)
             return self._logits(z, torch.full((len(z),), gamma), x_hat, known, prompt, table, fused)
 
-        def guided(z, gamma, x_hat):
+        def told(prompts, z, gamma, x_hat):
             if self._variant.one_batch:
-                with_prompt, without = logits(both, z.repeat(2, 1, 1), gamma, x_hat.repeat(2, 1, 1)).chunk(2)
-            else:
-                with_prompt, without = (logits(prompt, z, gamma, x_hat) for prompt in (conditional, unconditional))
-            return torch.lerp(without, with_prompt, guidance_scale)
+                return logits(both, z.repeat(2, 1, 1), gamma, x_hat.repeat(2, 1, 1)).chunk(2)
+            return [logits(prompt, z, gamma, x_hat) for prompt in prompts]
 
         x_hat = torch.zeros_like(z)
-        for gamma, z_factor, x_hat_factor, guide in zip(*steps, strict=True):
-            predicted = guided(z, gamma, x_hat) if guide else logits(conditional, z, gamma, x_hat)
+        for gamma, z_factor, x_hat_factor, guided, told_both in zip(*steps, strict=True):
+            if told_both:
+                predicted, without = told((conditional, unconditional), z, gamma, x_hat)
+                difference = predicted - without
+            else:
+                predicted = logits(conditional, z, gamma, x_hat)
+            if guided:
+                predicted = predicted + (guidance_scale - 1.0) * difference
             x_hat = model.expected_embedding(predicted, table).float()
             z = z_factor * z + x_hat_factor * x_hat
         return predicted.argmax(-1)

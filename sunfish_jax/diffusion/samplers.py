@@ -5,6 +5,7 @@ DDIM, DDPM and DPM-Solver++(2M) differ only in four numbers a step, so there is 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -121,6 +122,7 @@ def sample(
     compute_dtype: jnp.dtype = jnp.float32,
     temperature: float | jax.Array = 1.0,
     known: Known | None = None,
+    kept: Any = None,
     step_callback: Callable[[int], None] | None = None,
 ) -> Sample:
     """Samples rows of tokens; to be called under `jax.jit`, with `steps` among the arguments.
@@ -138,6 +140,7 @@ def sample(
       compute_dtype: what the product with the embeddings is computed in.
       temperature: divides the logits; under 1 the estimates are drawn towards the likeliest tokens.
       known: tokens that are given: clean in every pass, and returned as they are.
+      kept: what `denoise` gets in its first pass; later ones get what the last one returned.
       step_callback: called on the host with the number of passes made, after each. Wait for the last call with
         `jax.effects_barrier()`.
 
@@ -163,11 +166,11 @@ def sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def step(carry, i_and_factors):
-        z, x_hat_prev, tokens = carry
+        z, x_hat_prev, tokens, kept = carry
         i, factors = i_and_factors
         if known is not None:
             z = with_known(z, embedding_table[known.tokens])
-        logits = denoise(z, jnp.full(num_rows, factors.gamma), x_hat_prev)
+        logits, kept = denoise(z, jnp.full(num_rows, factors.gamma), x_hat_prev, kept)
         x_hat = expected_embedding(logits / temperature, low_table)
         # XLA:CPU takes as long for an argmax over the vocabulary as for a transformer layer: it is made once.
         tokens = jax.lax.cond(i == num_steps - 1, likeliest, lambda logits: tokens, logits)
@@ -177,8 +180,8 @@ def sample(
         z = factors.z * z + factors.x_hat * x_hat + factors.x_hat_prev * x_hat_prev
         # Only DDPM draws noise: the others are spared its cost.
         z = jax.lax.cond(factors.noise > 0, lambda z: z + factors.noise * noise_of_pass(i + 1), lambda z: z, z)
-        return (z, x_hat, tokens), None
+        return (z, x_hat, tokens, kept), None
 
-    start = (noise_of_pass(0), jnp.zeros((*shape, embedding_dim)), jnp.zeros(shape, jnp.int32))
-    (_, _, tokens), _ = jax.lax.scan(step, start, (jnp.arange(num_steps), steps))
+    start = (noise_of_pass(0), jnp.zeros((*shape, embedding_dim)), jnp.zeros(shape, jnp.int32), kept)
+    (_, _, tokens, _), _ = jax.lax.scan(step, start, (jnp.arange(num_steps), steps))
     return Sample(tokens if known is None else with_known(tokens, known.tokens))

@@ -148,18 +148,21 @@ def _generate(
 
     # Of a prompt that is not given, one position is read.
     no_prompt = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:, :1]), prompt)
-    guided_features = guided(features, encode(prompt), encode(no_prompt), guidance_scale, tuple(interval))
+    shape = (batch, seq_len, len(vocabulary.head))
+    guided_features, kept = guided(
+        features, encode(prompt), encode(no_prompt), guidance_scale, tuple(interval), shape
+    )
 
-    def denoise(z, gamma, x_hat):
-        return vocabulary.logits(guided_features(z, gamma, x_hat))
-
-    def constrained(z, gamma, x_hat):
-        # After guidance, which would take the difference of two infinities.
-        allowed = constraint.allowed[constraint.kinds]
-        return jnp.where(allowed, denoise(z, gamma, x_hat), -jnp.inf)
+    def denoise(z, gamma, x_hat, kept):
+        combined, kept = guided_features(z, gamma, x_hat, kept)
+        logits = vocabulary.logits(combined)
+        if constraint is not None:
+            # After guidance, which would take the difference of two infinities.
+            logits = jnp.where(constraint.allowed[constraint.kinds], logits, -jnp.inf)
+        return logits, kept
 
     return samplers.sample(
-        denoise if constraint is None else constrained,
+        denoise,
         vocabulary.embeddings,
         steps,
         key=keys,
@@ -167,5 +170,6 @@ def _generate(
         compute_dtype=model.dtype,
         temperature=temperature,
         known=constraint and constraint.known,
+        kept=kept,
         step_callback=counter,
     ).tokens

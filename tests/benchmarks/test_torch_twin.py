@@ -101,7 +101,9 @@ def test_it_samples_our_tokens_from_our_noise(torch, config, model, state, moved
     sampled = Sampled("nano", config, model, moved_params, state.schedule, None)
     make_twin(torch, model, sampled.params)
     prompt = jax.tree.map(lambda leaf: leaf[0, :3], random_batch(config, ENCODER.output_dim).prompt)
-    settings = dataclasses.replace(Settings.make(config.sampling), scheduler="ddim", num_steps=8, temperature=1.0)
+    settings = dataclasses.replace(
+        Settings.make(config.sampling), scheduler="ddim", num_steps=8, temperature=1.0, guidance_scale=3.0
+    )
     task = Task(prompt, sample_keys(0, np.arange(3)), 24, settings)
     ours = task.sample(sampled)
     for_torch = task.for_torch(sampled)

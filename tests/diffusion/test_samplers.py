@@ -73,11 +73,11 @@ def reference_passes(scheduler, num_steps, noises, temperature=1.0, known=None):
 def run(scheduler, num_steps, key, rows=ROWS, watch=None, **arguments):
     """Samples with the toy network; `watch` collects what each pass was given."""
 
-    def denoise(z, gamma, x_hat):
+    def denoise(z, gamma, x_hat, kept):
         if watch is not None:
             # The arrays are copied: the callback may be handed a view of memory that is used again.
             jax.debug.callback(lambda *a: watch.append([np.array(x) for x in a]), z, gamma, x_hat)
-        return toy_logits(z, gamma, x_hat, jnp)
+        return toy_logits(z, gamma, x_hat, jnp), kept
 
     table = jnp.asarray(TABLE, jnp.float32)
     steps = samplers.make_steps(schedules.make_schedule("gumbel", DIM, VOCAB), num_steps, scheduler)
@@ -134,8 +134,8 @@ def test_samples_follow_the_distribution_that_the_denoiser_knows(scheduler):
     frequencies = np.array([0.55, 0.25, 0.15, 0.05])
     table = jnp.asarray(make_table(4, 8, seed=3), jnp.float32)
 
-    def posterior(z, gamma, x_hat):
-        return process.posterior_scale(gamma)[:, None, None] * (z @ table.T) + jnp.log(frequencies)
+    def posterior(z, gamma, x_hat, kept):
+        return process.posterior_scale(gamma)[:, None, None] * (z @ table.T) + jnp.log(frequencies), kept
 
     steps = samplers.make_steps(schedules.make_schedule("gumbel", 8, 4), 100, scheduler)
     sample = jax.jit(lambda key: samplers.sample(posterior, table, steps, key=key, shape=(100, 100)))(
@@ -167,7 +167,12 @@ def test_known_tokens_come_back_though_the_network_would_say_otherwise():
     steps = samplers.make_steps(schedules.make_schedule("gumbel", DIM, VOCAB), 3, "ddim")
     stubborn = jax.nn.one_hot(jnp.full((1, LENGTH), 9), VOCAB) * 50
     sample = samplers.sample(
-        lambda z, gamma, x_hat: stubborn, table, steps, key=jax.random.key(0), shape=(1, LENGTH), known=known
+        lambda z, gamma, x_hat, kept: (stubborn, kept),
+        table,
+        steps,
+        key=jax.random.key(0),
+        shape=(1, LENGTH),
+        known=known,
     )
     np.testing.assert_array_equal(sample.tokens, [[2, 2, 2, 9, 9]])
 
@@ -202,9 +207,9 @@ def test_in_bfloat16_only_the_mean_embedding_is_rounded():
 def test_any_number_of_steps_traces_one_network():
     traced = []
 
-    def denoise(z, gamma, x_hat):
+    def denoise(z, gamma, x_hat, kept):
         traced.append(z.shape)
-        return toy_logits(z, gamma, x_hat, jnp)
+        return toy_logits(z, gamma, x_hat, jnp), kept
 
     steps = samplers.make_steps(schedules.make_schedule("gumbel", DIM, VOCAB), 50, "ddpm")
     table = jnp.asarray(TABLE, jnp.float32)
@@ -224,3 +229,20 @@ def test_bad_arguments_are_one_line():
         samplers.make_steps(schedule, 0, "ddim")
     with pytest.raises(UserError, match=r"'euler'.*ddim, ddpm, dpmpp"):
         samplers.make_steps(schedule, 10, "euler")
+
+
+def test_what_a_pass_keeps_comes_to_the_next():
+    seen = []
+
+    def denoise(z, gamma, x_hat, kept):
+        jax.debug.callback(lambda kept: seen.append(int(kept)), kept)
+        return toy_logits(z, gamma, x_hat, jnp), 2 * kept
+
+    steps = samplers.make_steps(schedules.make_schedule("gumbel", DIM, VOCAB), 4, "ddim")
+    table = jnp.asarray(TABLE, jnp.float32)
+    sample = jax.jit(
+        lambda steps: samplers.sample(denoise, table, steps, key=jax.random.key(0), shape=(2, LENGTH), kept=3)
+    )
+    jax.block_until_ready(sample(steps))
+    jax.effects_barrier()
+    assert sorted(seen) == [3, 6, 12, 24]
