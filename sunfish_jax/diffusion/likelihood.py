@@ -10,13 +10,17 @@ For any denoiser, the continuous-time variational bound (Kingma et al., arXiv 21
 where pi may be any distribution: it decides how noisy the estimate is, and not its mean.
 """
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from sunfish_jax.diffusion import process
-from sunfish_jax.diffusion.guidance import Denoise
 from sunfish_jax.diffusion.schedules import Schedule
+
+# (z [B, S, D], gamma [B], x_hat [B, S, D]) -> logits [B, S, V], all float32: one pass of the network.
+Predict = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Signal-to-noise ratios of a token between which the bound integrates. What is still uncertain at the first is
 # paid in `recon`; what is still visible at the second, in `prior`.
@@ -45,7 +49,7 @@ class Bound:
 
 
 def likelihood_bound(
-    denoise: Denoise,
+    predict: Predict,
     embedding_table: jax.Array,
     schedule: Schedule,
     tokens: jax.Array,
@@ -61,7 +65,7 @@ def likelihood_bound(
     forward pass (logits [B, S, V] in fp32). Rows differ in their noise and in their noise levels.
 
     Args:
-      denoise: the network without dropout or guidance, with its prompt, or the null prompt, closed over.
+      predict: the network without dropout or guidance, with its prompt, or the null prompt, closed over.
       embedding_table: [V, D] embeddings of norm sqrt(D).
       schedule: where the draws of gamma are concentrated.
       tokens: [B, S] int32.
@@ -97,9 +101,9 @@ def likelihood_bound(
     def one_pass(sums, i_gamma_and_weights):
         i, gamma, recon_weight, diff_weight = i_gamma_and_weights
         z = process.diffuse(clean, jax.random.normal(jax.random.fold_in(noise_key, i), clean.shape), gamma)
-        logits = denoise(z, gamma, jnp.zeros_like(z))
+        logits = predict(z, gamma, jnp.zeros_like(z))
         if self_conditioning:
-            logits = denoise(z, gamma, jax.nn.softmax(logits) @ embedding_table)
+            logits = predict(z, gamma, jax.nn.softmax(logits) @ embedding_table)
         x_hat = jax.nn.softmax(logits) @ embedding_table
         picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         cross_entropy = jax.nn.logsumexp(logits, axis=-1) - picked
