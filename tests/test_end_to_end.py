@@ -94,7 +94,9 @@ def unstopped(folder):
 @pytest.fixture(scope="module")
 def resumed(folder, unstopped):
     """Stopped by SIGTERM in the middle of a step, where no checkpoint was due, and run again."""
-    process = train(folder, "stopped")
+    saved = json.loads((folder / "unstopped/config.json").read_text())
+    # Else each of the two runs would measure anew which format is faster.
+    process = train(folder, "stopped", f"--config.model.compute_dtype={saved['model']['compute_dtype']}")
     lines = []
     for line in process.stdout:
         lines.append(line)
