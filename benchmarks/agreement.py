@@ -73,13 +73,14 @@ def plain_logits(model: TextDenoiser, params: Mapping[str, Any], inputs: Inputs)
 
 
 def _logits(network, params, inputs: Inputs, *vocabulary: Vocabulary) -> np.ndarray:
+    # The vocabulary too is an argument: XLA would work at folding a constant of that size for seconds, and say so.
     @jax.jit
-    def logits(params):
+    def logits(params, *vocabulary):
         keys_values = network.apply({"params": params}, inputs.prompt, method="encode_prompt")
         given = (inputs.z, inputs.gamma, inputs.x_hat, inputs.known_mask, keys_values)
         return network.apply({"params": params}, *vocabulary, *given, method="logits")
 
-    return np.asarray(logits(params))
+    return np.asarray(logits(params, *vocabulary))
 
 
 def twin_logits(

@@ -168,7 +168,7 @@ def run(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{name}: {parameters:,} parameters, products in {model.dtype.name}, {mesh.size} device(s)")
     check_same_function(model, state.params, torch)
-    rate = MatrixRate()
+    rate = MatrixRate(model.dtype)
     rate.measure()
 
     mix = typical_batches(config, prepared)
@@ -315,7 +315,7 @@ def report(name: str, config: ConfigDict, model: TextDenoiser, rate: MatrixRate,
     ours, short, plain, torch = (getattr(measured, field.name) for field in dataclasses.fields(Measured))
     peak = rate.flops_per_second
     shape = "[{}, {}] @ [{}, {}]".format(*rate.shape[:2], *rate.shape[1:])
-    print(f"the machine's best bfloat16 product, {shape}: {peak / 1e9:.0f} GFLOP/s")
+    print(f"the machine's best {rate.dtype.name} product, {shape}: {peak / 1e9:.0f} GFLOP/s")
     print(f"a step is {config.train.accumulate_steps} forward passes", end="")
     print("" if short is ours else f"; beside plain Flax it is {len(short.mix[0].batch.tokens)} on both sides")
     titles = (

@@ -12,16 +12,18 @@ _SECONDS_A_SHAPE = 0.3
 
 
 class MatrixRate:
-    """The rate of the best of several bfloat16 products, of each by the median of its times.
+    """The rate of the best of several products, of each by the median of its times.
 
     The machine's speed drifts, so it is worth measuring again now and then.
 
     Attributes:
+      dtype: what is multiplied.
       shape: (m, k, n) of the best product so far.
       flops_per_second: its rate.
     """
 
-    def __init__(self):
+    def __init__(self, dtype: jnp.dtype):
+        self.dtype = dtype
         self._product = jax.jit(jnp.dot)
         self._seconds: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in _SHAPES}
 
@@ -38,7 +40,7 @@ class MatrixRate:
         key = jax.random.key(0)
         for m, k, n in _SHAPES:
             # Random numbers: constant ones take less power, and let some processors run faster.
-            left, right = (jax.random.normal(key, shape, jnp.bfloat16) for shape in ((m, k), (k, n)))
+            left, right = (jax.random.normal(key, shape, self.dtype) for shape in ((m, k), (k, n)))
             self._product(left, right).block_until_ready()
             end = time.perf_counter() + _SECONDS_A_SHAPE
             while (start := time.perf_counter()) < end:

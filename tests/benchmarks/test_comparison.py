@@ -44,7 +44,7 @@ class FixedFirst:
 
 
 class FixedRate:
-    flops_per_second, shape = 1e9, (1024, 512, 2048)
+    flops_per_second, shape, dtype = 1e9, (1024, 512, 2048), np.dtype("float32")
 
     def measure(self):
         pass
