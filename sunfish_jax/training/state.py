@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
 from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TABLES, TextDenoiser, init_params
 from sunfish_jax.ops.orthogonalize import orthogonalize
+from sunfish_jax.training.sharding import DATA_AXIS
 
 _MUON_MOMENTUM = 0.95
 
@@ -49,17 +52,20 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
     )
 
 
-def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """Muon for the kernels and Adam for the rest, or AdamW for all; clipped, tables of tokens at their own rate.
 
     Args:
       config: the `optimizer` group.
       num_steps: length of the run, at whose end the learning rate is zero.
       compute_dtype: what Muon's matrix products are computed in.
+      mesh: the devices that share Muon's work; None for one.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2)
     if config.name == "muon":
-        direction = optax.partition({True: scale_by_muon(compute_dtype), False: adam}, _is_kernel)
+        direction = optax.partition({True: scale_by_muon(compute_dtype, mesh), False: adam}, _is_kernel)
     else:
         direction = adam
 
@@ -77,7 +83,7 @@ def make_optimizer(config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype)
     )
 
 
-def scale_by_muon(compute_dtype: jnp.dtype) -> optax.GradientTransformation:
+def scale_by_muon(compute_dtype: jnp.dtype, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """The direction of Muon: Nesterov momentum, orthogonalised (Jordan et al. 2024).
 
     An orthogonal [M, N] matrix has entries of root mean square 1 / sqrt(max(M, N)); they are scaled to 0.2, about
@@ -91,6 +97,9 @@ def scale_by_muon(compute_dtype: jnp.dtype) -> optax.GradientTransformation:
         for shape in sorted({leaf.shape for leaf in leaves}):
             places = [place for place, leaf in enumerate(leaves) if leaf.shape == shape]
             stack = jnp.stack([leaves[place].astype(compute_dtype) for place in places])
+            if mesh is not None and len(stack) % mesh.size == 0:
+                # Whole matrices on each device: of parts of them, every device would work out all Gram matrices.
+                stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, P(DATA_AXIS)))
             together = orthogonalize(stack, compute_dtype)
             for place, matrix in zip(places, 0.2 * max(shape) ** 0.5 * together, strict=True):
                 directions[place] = matrix
