@@ -13,7 +13,7 @@ _REPEATS = 20
 def fastest_compute_dtype() -> str:
     """Measures a transformer-sized product in both formats on this machine.
 
-    By processor time, which other processes do not lengthen: by the clock, two of them took the ratio of the two
+    By processor time, which other processes do not lengthen: by the clock, three of them took the ratio of the two
     formats to anything from 0.6 to 1.1 of what it is, and a run keeps the format that it began with.
 
     Returns:

@@ -97,7 +97,7 @@ def scale_by_muon(compute_dtype: jnp.dtype, mesh: Mesh | None = None) -> optax.G
         for shape in sorted({leaf.shape for leaf in leaves}):
             places = [place for place, leaf in enumerate(leaves) if leaf.shape == shape]
             stack = jnp.stack([leaves[place].astype(compute_dtype) for place in places])
-            if mesh is not None and len(stack) % mesh.size == 0:
+            if mesh is not None and len(stack) >= mesh.size:
                 # Whole matrices on each device: of parts of them, every device would work out all Gram matrices.
                 stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, P(DATA_AXIS)))
             together = orthogonalize(stack, compute_dtype)

@@ -82,8 +82,8 @@ def assert_states_close(first, second, tolerance):
 def test_one_and_two_devices_compute_the_same(config):
     # Adam's first steps divide rounding errors by themselves; a larger epsilon is not ours to set, so the
     # comparison is of the losses over several steps, each of which follows from the whole state before it.
-    # Kernels of two layers, of which each device orthogonalises one.
-    config.model.num_layers = 2
+    # Kernels of three layers, of which one device orthogonalises two.
+    config.model.num_layers = 3
     one, _ = trained(config, random_batch(), devices=1)
     two, _ = trained(config, random_batch(), devices=2)
     np.testing.assert_allclose(one, two, rtol=1e-4)
@@ -91,7 +91,8 @@ def test_one_and_two_devices_compute_the_same(config):
 
 def test_devices_share_muons_work(config):
     """What each device multiplies in an update, besides the few kernels that have no equals in other layers."""
-    config.model.num_layers = 4
+    # An odd number: `full` too has no multiple of its devices.
+    config.model.num_layers = 3
     config.model.width = 128
 
     def operations(devices):
@@ -101,7 +102,7 @@ def test_devices_share_muons_work(config):
         gradients = jax.eval_shape(step.gradients, state, random_batch())
         return step.update.lower(state, gradients).compile().cost_analysis()["flops"]
 
-    assert operations(2) < 0.65 * operations(1)
+    assert operations(2) < 0.75 * operations(1)
 
 
 def test_accumulation_is_a_larger_batch(config):
