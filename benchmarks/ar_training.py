@@ -141,7 +141,7 @@ def make_full_rate_optimizer(config: ConfigDict, model: CausalTransformer) -> op
     """The denoiser's, always at the full learning rate: the share of it goes by the budget, not by steps alone."""
     config = config.copy_and_resolve_references()
     config.warmup_steps = 0
-    return make_optimizer(config, _NO_DECAY, model)
+    return make_optimizer(config, _NO_DECAY, model.dtype)
 
 
 def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> TrainStep:

@@ -23,7 +23,6 @@ from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimates, self_co
 from sunfish_jax.diffusion.process import posterior_scale, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.models.denoiser import TABLES, PromptKeysValues, TextDenoiser
-from sunfish_jax.models.layers import HEAD_COLUMNS, HEAD_ROWS
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.sharding import batch_sharding
 from sunfish_jax.training.state import learning_rate_schedule
@@ -250,41 +249,7 @@ class PlainState:
     opt_state: optax.OptState
 
 
-def muon_by_head(head_dim: int) -> optax.GradientTransformation:
-    """optax's Muon for the heads of attention's kernels and for the other kernels, as large as Adam's updates."""
-
-    def split(kernels):
-        """[W, H, d] or [H, d, W] for attention's kernels."""
-
-        def heads(path, kernel):
-            name = path[-2].key
-            if name in HEAD_COLUMNS or name == "prompt":
-                return kernel.reshape(len(kernel), -1, head_dim)
-            return kernel.reshape(-1, head_dim, kernel.shape[1]) if name in HEAD_ROWS else kernel
-
-        return jax.tree.map_with_path(heads, kernels)
-
-    def axes(path, matrices):
-        return optax.contrib.MuonDimensionNumbers(1 if path[-2].key in HEAD_ROWS else 0, matrices.ndim - 1)
-
-    def scaled(path, matrices):
-        rows, columns = axes(path, matrices)
-        return 0.2 * max(matrices.shape[rows], matrices.shape[columns]) ** 0.5 * matrices
-
-    muon = optax.contrib.scale_by_muon(
-        weight_dimension_numbers=lambda kernels: jax.tree.map_with_path(axes, kernels)
-    )
-
-    def update(updates, state, params=None):
-        del params
-        orthogonal, state = muon.update(split(updates), state)
-        orthogonal = jax.tree.map_with_path(scaled, orthogonal)
-        return jax.tree.map(lambda matrices, kernel: matrices.reshape(kernel.shape), orthogonal, updates), state
-
-    return optax.GradientTransformation(lambda params: muon.init(split(params)), update)
-
-
-def make_plain_optimizer(config: ConfigDict, num_steps: int, head_dim: int) -> optax.GradientTransformation:
+def make_plain_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
     """What `training.state.make_optimizer` computes, from optax's own parts.
 
     Its Muon is ours with momentum averaged rather than summed, which orthogonalising takes no notice of, with the
@@ -293,8 +258,14 @@ def make_plain_optimizer(config: ConfigDict, num_steps: int, head_dim: int) -> o
     Args:
       config: the `optimizer` group.
       num_steps: length of the run.
-      head_dim: d, of attention's heads.
     """
+
+    def matrices(updates):
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
+
+    def rms_of_adam(updates, params=None):
+        del params
+        return jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates)
 
     def table_rate(updates, params=None):
         del params
@@ -306,7 +277,9 @@ def make_plain_optimizer(config: ConfigDict, num_steps: int, head_dim: int) -> o
 
     direction = optax.scale_by_adam(config.beta1, config.beta2)
     if config.name == "muon":
-        direction = optax.partition({True: muon_by_head(head_dim), False: direction}, kernels)
+        muon = optax.contrib.scale_by_muon(weight_dimension_numbers=matrices)
+        muon = optax.chain(muon, optax.stateless(rms_of_adam))
+        direction = optax.partition({True: muon, False: direction}, kernels)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
@@ -320,9 +293,7 @@ def make_plain_state(config: ConfigDict, params: Mapping[str, Any], mesh: Mesh) 
     """The state before the first step, whole on every device; `params` of the plain network are copied."""
 
     def create(params):
-        opt_state = make_plain_optimizer(
-            config.optimizer, config.train.num_steps, config.model.width // config.model.num_heads
-        ).init(params)
+        opt_state = make_plain_optimizer(config.optimizer, config.train.num_steps).init(params)
         return PlainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt_state)
 
     return jax.jit(create, out_shardings=NamedSharding(mesh, PartitionSpec()))(params)
@@ -330,9 +301,7 @@ def make_plain_state(config: ConfigDict, params: Mapping[str, Any], mesh: Mesh) 
 
 def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedule: Schedule, key: jax.Array):
     """One optimiser step of the same training: (state, batch) -> (state, loss)."""
-    optimizer = make_plain_optimizer(
-        config.optimizer, config.train.num_steps, config.model.width // config.model.num_heads
-    )
+    optimizer = make_plain_optimizer(config.optimizer, config.train.num_steps)
     diffusion = config.diffusion
 
     def loss(params, rows: Batch, gamma, key, num_targets):

@@ -13,9 +13,6 @@ from sunfish_jax.ops.dense import dense, squared_relu_mlp
 from sunfish_jax.ops.dropout import dropout
 from sunfish_jax.ops.rotary import rotary_heads
 
-# Kernels whose columns, or whose rows, belong to attention's heads, one head after the other.
-HEAD_COLUMNS = ("attention_in", "cross_in", "prompt_kernel")
-HEAD_ROWS = ("attention_out", "cross_out")
 _EPSILON = 1e-6
 
 

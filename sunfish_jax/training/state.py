@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
 from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TABLES, TextDenoiser, init_params
-from sunfish_jax.training.muon import scale_by_muon
+from sunfish_jax.ops.orthogonalize import orthogonalize
+from sunfish_jax.training.sharding import DATA_AXIS
+
+_MUON_MOMENTUM = 0.95
 
 
 @flax.struct.dataclass
@@ -49,20 +53,19 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
 
 
 def make_optimizer(
-    config: ConfigDict, num_steps: int, model: TextDenoiser, mesh: Mesh | None = None
+    config: ConfigDict, num_steps: int, compute_dtype: jnp.dtype, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
     """Muon for the kernels and Adam for the rest, or AdamW for all; clipped, tables of tokens at their own rate.
 
     Args:
       config: the `optimizer` group.
       num_steps: length of the run, at whose end the learning rate is zero.
-      model: its heads are what Muon takes attention's kernels apart into, its dtype what Muon multiplies in.
+      compute_dtype: what Muon's matrix products are computed in.
       mesh: the devices that share Muon's work; None for one.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2)
     if config.name == "muon":
-        muon = scale_by_muon(model.width // model.num_heads, model.dtype, mesh)
-        direction = optax.partition({True: muon, False: adam}, _is_kernel)
+        direction = optax.partition({True: scale_by_muon(compute_dtype, mesh), False: adam}, _is_kernel)
     else:
         direction = adam
 
@@ -78,6 +81,31 @@ def make_optimizer(
         optax.stateless(table_rate),
         optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
     )
+
+
+def scale_by_muon(compute_dtype: jnp.dtype, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """The direction of Muon: Nesterov momentum, orthogonalised (Jordan et al. 2024).
+
+    An orthogonal [M, N] matrix has entries of root mean square 1 / sqrt(max(M, N)); they are scaled to 0.2, about
+    that of Adam's updates, so that both go by one learning rate (Liu et al. 2025, arXiv 2502.16982).
+    """
+
+    def direction(updates, params=None):
+        del params
+        leaves, tree = jax.tree.flatten(updates)
+        directions = [None] * len(leaves)
+        for shape in sorted({leaf.shape for leaf in leaves}):
+            places = [place for place, leaf in enumerate(leaves) if leaf.shape == shape]
+            stack = jnp.stack([leaves[place].astype(compute_dtype) for place in places])
+            if mesh is not None and len(stack) >= mesh.size:
+                # Whole matrices on each device: of parts of them, every device would work out all Gram matrices.
+                stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, P(DATA_AXIS)))
+            together = orthogonalize(stack, compute_dtype)
+            for place, matrix in zip(places, 0.2 * max(shape) ** 0.5 * together, strict=True):
+                directions[place] = matrix
+        return jax.tree.unflatten(tree, directions)
+
+    return optax.chain(optax.trace(_MUON_MOMENTUM, nesterov=True), optax.stateless(direction))
 
 
 def _is_kernel(params: Any) -> Any:
@@ -112,7 +140,7 @@ def create_state(config: ConfigDict, model: TextDenoiser, token_counts: np.ndarr
         params=params,
         # A copy: the step donates its state, and one buffer cannot be donated twice.
         ema_params=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(config.optimizer, config.train.num_steps, model).init(params),
+        opt_state=make_optimizer(config.optimizer, config.train.num_steps, model.dtype).init(params),
         schedule=schedule,
         schedule_opt_state=make_schedule_optimizer(config.diffusion).init(schedule),
         key=step_key,

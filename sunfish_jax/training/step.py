@@ -104,7 +104,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
       The step; its scalars are `loss` (mean cross-entropy over the positions to predict), `grad_norm`,
       `learning_rate` and the schedule's parameters.
     """
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps, model, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, model.dtype, mesh)
     schedule_optimizer = make_schedule_optimizer(config.diffusion)
     learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
 

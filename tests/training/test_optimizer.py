@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,6 @@ from configs import nano
 from sunfish_jax.training.state import learning_rate_schedule, make_optimizer
 
 RATE = 1e-2
-# Two heads of 4.
-MODEL = SimpleNamespace(width=8, num_heads=2, dtype=jnp.dtype("float32"))
 
 
 @pytest.fixture
@@ -36,19 +32,11 @@ def params():
 
 def second_update(config, params, gradients):
     """The update of the second step, at the peak learning rate: the first one's rate is zero."""
-    optimizer = make_optimizer(config, 1000, MODEL)
+    optimizer = make_optimizer(config, 1000, jnp.dtype("float32"))
     state = optimizer.init(params)
     for _ in range(2):
         updates, state = optimizer.update(gradients, state, params)
     return updates
-
-
-def assert_orthogonal(update, gradient):
-    """The update is -0.2 RATE sqrt(longer side) U V^T for the gradient's U S V^T, to what three quintics leave."""
-    u, _, vt = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
-    inner = u.T @ (-update / RATE / 0.2 / max(update.shape) ** 0.5) @ vt.T
-    np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-3)
-    assert (np.abs(np.diag(inner) - 1.0) < 0.271).all()
 
 
 def test_muon_moves_kernels_along_orthogonal_matrices(config, params):
@@ -57,33 +45,17 @@ def test_muon_moves_kernels_along_orthogonal_matrices(config, params):
     gradients = jax.tree.map(lambda p: 1e-3 * jnp.cos(3.0 * p), params)
     updates = second_update(config, params, gradients)
     layer, layer_gradients = updates["layers_0"], gradients["layers_0"]
-    for name in ("mlp_in", "mlp_out"):
-        assert_orthogonal(layer[name], layer_gradients[name])
-    assert_orthogonal(updates["scales_kernel"], gradients["scales_kernel"])
+    moved = {name: (layer[name], layer_gradients[name]) for name in ("mlp_in", "mlp_out")}
+    moved["scales_kernel"] = updates["scales_kernel"], gradients["scales_kernel"]
+    for update, gradient in moved.values():
+        u, _, vt = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+        inner = u.T @ (-update / RATE / 0.2 / max(update.shape) ** 0.5) @ vt.T
+        np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-3)
+        assert (np.abs(np.diag(inner) - 1.0) < 0.271).all()
     # With one gradient throughout, Adam moves by the learning rate in the gradient's sign.
     np.testing.assert_allclose(layer["taps"], -RATE * np.sign(layer_gradients["taps"]), rtol=1e-3)
     for table in ("embedding", "head_table"):
         np.testing.assert_allclose(updates[table], -3 * RATE * np.sign(gradients[table]), rtol=1e-3)
-
-
-def test_muon_takes_attentions_heads_apart(config):
-    config.name = "muon"
-    config.weight_decay = 0.0
-    rng = np.random.default_rng(0)
-    num_heads = {"attention_in": 6, "cross_in": 2, "prompt_kernel": 8, "attention_out": 2, "cross_out": 2}
-    params, gradients = {}, {}
-    for name, heads in num_heads.items():
-        # One head's gradient may be a hundred times another's: each moves as far.
-        blocks = rng.normal(size=(heads, 8, 4)) * np.geomspace(1e-4, 1e-2, heads)[:, None, None]
-        columns = jnp.asarray(np.concatenate(blocks, axis=1), jnp.float32)
-        gradients[name] = columns.T if name.endswith("_out") else columns
-        params[name] = jnp.zeros_like(gradients[name])
-    updates = second_update(config, params, gradients)
-    for name, heads in num_heads.items():
-        axis = 0 if name.endswith("_out") else 1
-        pairs = (np.split(tree[name], heads, axis) for tree in (updates, gradients))
-        for update, gradient in zip(*pairs, strict=True):
-            assert_orthogonal(update, gradient)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -117,7 +89,7 @@ def test_adamw_is_optax_adamw(config, params):
 def test_large_gradients_are_clipped(config, params):
     config.name = "adamw"
     config.beta1 = config.beta2 = 0.0
-    optimizer = make_optimizer(config, 1000, MODEL)
+    optimizer = make_optimizer(config, 1000, jnp.dtype("float32"))
     state = optimizer.init(params)
     huge = jax.tree.map(lambda p: jnp.full_like(p, 1e6), params)
     _, state = optimizer.update(huge, state, params)
