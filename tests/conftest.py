@@ -7,7 +7,7 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="sunfish_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_cache.name, "programs")
-    # Set in many containers; every process would then compile the sources of JAX and transformers anew, for seconds.
+    # Set in many containers: every process would then compile the sources of JAX and transformers, for seconds.
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(_cache.name, "bytecode")
 
