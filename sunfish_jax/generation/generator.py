@@ -142,6 +142,9 @@ def _generate(
         return model.apply(variables, prompt, method="encode_prompt")
 
     vocabulary = model.apply(variables, method="vocabulary")
+    if constraint is not None:
+        # What the network makes of a given token it is told in the next pass as it is, as in training.
+        possible = constraint.allowed[constraint.kinds] | known[..., None]
 
     def features(z, gamma, x_hat, *prompts):
         return model.apply(variables, vocabulary, z, gamma, x_hat, known, *prompts, method="features")
@@ -158,7 +161,7 @@ def _generate(
         logits = vocabulary.logits(combined)
         if constraint is not None:
             # After guidance, which would take the difference of two infinities.
-            logits = jnp.where(constraint.allowed[constraint.kinds], logits, -jnp.inf)
+            logits = jnp.where(possible, logits, -jnp.inf)
         return logits, kept
 
     return samplers.sample(

@@ -120,6 +120,27 @@ def test_constraint_keeps_known_tokens_and_what_is_not_allowed_out():
     assert set(tokens[~known.mask & (kinds == 1)]) == {9}
 
 
+class CopyingStub(Stub):
+    """Finds the given tokens in z where they are, and puts elsewhere what x_hat says of the first position."""
+
+    def logits(self, vocabulary, z, gamma, x_hat, known_mask, prompt):
+        heard = jnp.where(known_mask[..., None], z, x_hat[:, :1])
+        return 10 * heard @ vocabulary.embeddings.T
+
+
+def test_what_the_network_makes_of_a_given_token_is_what_it_hears_next():
+    known = Known(np.full((1, LENGTH), 7, np.int32), np.arange(LENGTH)[None] == 0)
+    # Kind 0, which stands at the given token too, rules that token out; kind 1 allows all.
+    allowed = np.ones((2, VOCAB), bool)
+    allowed[0, 7] = False
+    constraint = generator.Constraint(known, np.where(known.mask, 0, 1), allowed)
+    keys = generator.sample_keys(0, np.arange(1))
+    tokens = generator.generate(
+        CopyingStub(), PARAMS, SCHEDULE, prompts(-1), keys, LENGTH, PLAIN, constraint=constraint
+    )
+    np.testing.assert_array_equal(tokens, known.tokens)
+
+
 def test_step_counter_counts_every_pass_of_every_turn(monkeypatch):
     monkeypatch.setattr(generator, "_POSITIONS_AT_ONCE", 2 * LENGTH)
     stream = io.StringIO()
