@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from sunfish_jax.ops.allocator import restart_with_huge_pages
+from sunfish_jax.unfinished import remove_unfinished
 
 
 def prepare_process(num_cpu_devices: int = 1) -> None:
@@ -41,6 +42,7 @@ def end_on_interrupt() -> None:
     def watch() -> None:
         while number := os.read(read_end, 1):
             if number[0] == signal.SIGINT:
+                remove_unfinished()
                 os.write(2, b"interrupted\n")
                 os._exit(130)
 

@@ -17,6 +17,7 @@ from sunfish_jax.data.examples import Example
 from sunfish_jax.data.sources import SPLITS, Source
 from sunfish_jax.data.tokenizer import tokenizer_identity
 from sunfish_jax.errors import UserError
+from sunfish_jax.unfinished import unfinished
 
 _FORMAT = "1"
 # Texts tokenized together: no more than this, and no more once they have this many characters, each of which takes
@@ -104,12 +105,11 @@ def prepare(
     if not folder.exists():
         directory.mkdir(parents=True, exist_ok=True)
         # Only a finished folder gets its real name: half a corpus is never taken for one.
-        with tempfile.TemporaryDirectory(dir=directory, prefix="incomplete-") as temporary:
-            unfinished = Path(temporary) / "tokens"
+        with unfinished(Path(tempfile.mkdtemp(dir=directory, prefix="incomplete-"))) as temporary:
             for split in SPLITS:
-                _write_split(source, split, tokenizer, unfinished / split, block_size)
+                _write_split(source, split, tokenizer, temporary / "tokens" / split, block_size)
             if not folder.exists():
-                unfinished.rename(folder)
+                (temporary / "tokens").rename(folder)
     splits = {split: _open_split(folder / split, tokenizer) for split in SPLITS}
     for split in ("train", "validation"):
         if not splits[split].num_rows:

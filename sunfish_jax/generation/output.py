@@ -15,6 +15,7 @@ import numpy as np
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.generation.options import GenerationOptions, Settings
+from sunfish_jax.unfinished import unfinished
 
 if TYPE_CHECKING:
     from sunfish_jax.workdir.run import Run
@@ -65,7 +66,7 @@ def jsonl_writer(path: Path | None) -> Iterator[Callable[[dict], None]]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; name another file or folder") from None
-    try:
+    with unfinished(Path(name)):
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             yield lambda record: print(json.dumps(record, ensure_ascii=False), file=file)
         # mkstemp makes files that only their owner may read.
@@ -73,10 +74,6 @@ def jsonl_writer(path: Path | None) -> Iterator[Callable[[dict], None]]:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
 
 
 class StepCounter:
