@@ -7,6 +7,8 @@ from pathlib import Path
 
 VALIDATION_SHARE = 0.03
 TEST_SHARE = 0.03
+# Where records hold their prompts unless another name is given. Only under this name may they have none.
+PROMPT_KEY = "prompt"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from sunfish_jax.data.examples import Example, split_of, uniform_hash
+from sunfish_jax.data.examples import PROMPT_KEY, Example, split_of, uniform_hash
 from sunfish_jax.errors import UserError
 
 
 class Records(abc.ABC):
     """Examples split by a hash of their text, so that a text is in one split however often it occurs.
 
-    Where a small corpus has no text in the validation or test share, the texts nearest to it stand in.
+    The text with the lowest hash is always for validation and that with the next for testing, so that a small
+    corpus has both.
     """
 
     continuous = False
@@ -23,16 +24,23 @@ class Records(abc.ABC):
         """Reads the file once: what is broken is found before anything is written.
 
         Raises:
-          UserError: the file is empty or broken, or has no `text_key`.
+          UserError: the file is empty or broken, or has no `text_key`, or no prompt under a name that was given.
         """
         self._path, self._text_key, self._prompt_key = path, text_key, prompt_key
         digest = hashlib.blake2b(digest_size=16)
         lowest: list[float] = []
+        num_prompts = 0
         for example in self._read():
+            num_prompts += len(example.prompts)
             digest.update(json.dumps([example.text, *example.prompts]).encode())
             lowest = sorted({*lowest, uniform_hash(example.text)})[:3]
         if not lowest:
             raise UserError(f"data.source={path} is empty: it has no text")
+        if not num_prompts and prompt_key != PROMPT_KEY:
+            raise UserError(
+                f"data.source={path} has no prompt under data.prompt_key={prompt_key}: give another key, or leave "
+                "it out to train without prompts"
+            )
         # With three texts or more, none of the splits is empty.
         self._stand_ins = dict(zip(lowest, ("validation", "test"), strict=False)) if len(lowest) == 3 else {}
         self.identity = f"records:{digest.hexdigest()}"
@@ -101,17 +109,21 @@ class CsvRecords(Records):
     def _records(self) -> Iterator[tuple[int, dict]]:
         csv.field_size_limit(2**31 - 1)  # The default, 131,072 characters, is less than a long article.
         with self._path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            if reader.fieldnames is not None and self._text_key not in reader.fieldnames:
-                raise UserError(
-                    f"{self._path} has no column `{self._text_key}` (it has {_names(reader.fieldnames)}); "
-                    "rename one, or set data.text_key"
-                )
+            # Strict: else a quotation mark that is not closed would take the rest of the file into one field.
+            reader = csv.DictReader(file, restval="", strict=True)
             try:
+                if reader.fieldnames is not None and self._text_key not in reader.fieldnames:
+                    raise UserError(
+                        f"{self._path} has no column `{self._text_key}` (it has {_names(reader.fieldnames)}); "
+                        "rename one, or set data.text_key"
+                    )
                 for record in reader:
                     yield reader.line_num, record
             except csv.Error as error:
-                raise UserError(f"{self._path}, line {reader.line_num}: broken CSV ({error})") from error
+                raise UserError(
+                    f"{self._path}, line {reader.line_num + 1}: broken CSV ({error}); close its quotation marks, "
+                    "and double those within a field"
+                ) from error
 
 
 def _names(names) -> str:

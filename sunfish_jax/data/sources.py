@@ -52,7 +52,7 @@ def open_source(config: ConfigDict, data_dir: Path) -> Source:
         from sunfish_jax.data.tfds_source import TfdsDataset
 
         return TfdsDataset(name.removeprefix("tfds:"), config.text_key, config.prompt_key, data_dir)
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.exists():
         raise UserError(
             f"data.source={name} does not exist: give vital_articles, a .txt, .jsonl or .csv file, "

@@ -8,7 +8,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from absl import logging
 
-from sunfish_jax.data.examples import Example, split_of, uniform_hash
+from sunfish_jax.data.examples import PROMPT_KEY, Example, split_of, uniform_hash
 from sunfish_jax.errors import UserError
 
 
@@ -37,11 +37,12 @@ class TfdsDataset:
         self._name, self._text_key, self._prompt_key = name, text_key, prompt_key
         self._builder = _prepared_builder(name, data_dir)
         features = self._builder.info.features or {}
-        if text_key not in features:
-            raise UserError(
-                f"data.source=tfds:{name} has no feature `{text_key}` (it has {', '.join(features)}); "
-                "set data.text_key"
-            )
+        for option, key in (("text_key", text_key), ("prompt_key", prompt_key)):
+            if key not in features and (option, key) != ("prompt_key", PROMPT_KEY):
+                raise UserError(
+                    f"data.source=tfds:{name} has no feature `{key}` (it has {', '.join(features)}); "
+                    f"set data.{option}"
+                )
         splits = self._builder.info.splits
         self._own_splits = all(split in splits for split in ("train", "validation", "test"))
         counts = ",".join(f"{split}={info.num_examples}" for split, info in sorted(splits.items()))

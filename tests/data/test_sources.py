@@ -82,6 +82,8 @@ def test_prepared_tfds_dataset_by_name(corpus_dir):
     assert [e.prompts for e in named] == [e.prompts[:1] for e in ours]
     with pytest.raises(UserError, match=r"no feature `body`.*description"):
         source_of("tfds:vital_articles", corpus_dir, text_key="body")
+    with pytest.raises(UserError, match=r"no feature `titel`.*set data\.prompt_key"):
+        source_of("tfds:vital_articles", corpus_dir, prompt_key="titel")
 
 
 def test_tfds_dataset_with_a_train_split_only_is_split_by_text(tmp_path):
@@ -193,7 +195,8 @@ def test_half_surrogates_and_blank_texts(tmp_path):
         ("a.csv", b"body,title\na,b\n", "no column `text` .it has body, title."),
         ("a.csv", b"text,prompt\n", "is empty"),
         ("a.csv", b"", "is empty"),
-        ("a.csv", b'text\n"a\n', None),
+        ("a.csv", b'text\n"a\n', "line 2: broken CSV"),
+        ("a.csv", b'text\n"a" b\n', "line 2: broken CSV"),
         ("a.txt", b"", "is empty"),
         ("a.txt", b" \n\t\n", "is empty"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
@@ -203,12 +206,19 @@ def test_half_surrogates_and_blank_texts(tmp_path):
 def test_broken_files_are_named_in_one_line(tmp_path, name, contents, message):
     path = tmp_path / name
     path.write_bytes(contents)
-    if message is None:
-        assert [e.text.strip() for part in all_examples(source_of(path)).values() for e in part] == ["a"]
-        return
     with pytest.raises(UserError, match=message) as caught:
         source_of(path)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_prompts_under_a_name_that_was_given_must_be_there(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"text": "a", "title": "b"}\n' if name.endswith("jsonl") else "text,title\na,b\n")
+    assert next(source_of(path).examples("train")).prompts == ()
+    assert next(source_of(path, prompt_key="title").examples("train")).prompts == ("b",)
+    with pytest.raises(UserError, match=r"no prompt under data\.prompt_key=titel"):
+        source_of(path, prompt_key="titel")
 
 
 def test_missing_file_and_folder_without_text(tmp_path):
