@@ -10,7 +10,7 @@ denoiser's progress line. To tune on a machine whose speed drifts, give the othe
 took. Ctrl-C saves and stops, and the same command goes on. Once all is spent, the command evaluates and samples
 anew: give other prompts, seeds or temperatures.
 
-In the workdir: eval.json (the figures of main.py --mode=eval, the likelihood exact), checkpoints, logs for
+In the workdir: eval_SPLIT.json (the figures of main.py --mode=eval, the likelihood exact), checkpoints, logs for
 TensorBoard.
 """
 

@@ -59,7 +59,7 @@ def train(folder):
         "--config.checkpoint.every_steps=800",
     )
     main(folder, "--mode=eval", "--num_samples=0")
-    return json.loads((folder / "run/eval.json").read_text())
+    return json.loads((folder / "run/eval_validation.json").read_text())
 
 
 @pytest.mark.slow

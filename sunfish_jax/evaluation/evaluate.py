@@ -19,7 +19,6 @@ from sunfish_jax.evaluation.bound import BitsPerByte
 from sunfish_jax.evaluation.infill_accuracy import infill_accuracy, infill_table
 from sunfish_jax.evaluation.report import Report
 from sunfish_jax.evaluation.sample_quality import (
-    SAMPLES_FILE,
     QualityJudge,
     articles_to_write,
     beginnings,
@@ -75,7 +74,7 @@ class Subject(Protocol):
 def evaluate(
     subject: Subject, source: Source, splits: Mapping[str, TokenizedSplit], split: str, num_samples: int
 ) -> dict[str, Any]:
-    """Prints what was measured, and writes it to `eval.json`, the samples, and TensorBoard's files in the workdir.
+    """Prints what was measured, and writes it, samples included, to `eval_SPLIT*` in the workdir.
 
     Args:
         subject: What is measured.
@@ -85,7 +84,7 @@ def evaluate(
         num_samples: Texts to sample, fewer where there are fewer held-out prompts; 0 for none.
 
     Returns:
-        What is written to `eval.json`.
+        What is written to `eval_SPLIT.json`.
 
     Raises:
         UserError: The split is empty.
@@ -115,7 +114,8 @@ def evaluate(
         with report.section("samples") as result:
             result["sampling"] = dataclasses.asdict(subject.settings)
             articles = articles_to_write(list(source.examples(split)), texts, subject.tokenizer, num_samples)
-            result["judged"], result["samples"] = sample_figures(subject, source, articles)
+            samples_file = subject.workdir / f"eval_{split}_samples.jsonl"
+            result["judged"], result["samples"] = sample_figures(subject, source, articles, samples_file)
     report.log()
     return report.result
 
@@ -145,9 +145,9 @@ def likelihood_figures(subject: Subject, texts: Mapping[str, TextRows]) -> dict[
 
 
 def sample_figures(
-    subject: Subject, source: Source, articles: Sequence[Example]
+    subject: Subject, source: Source, articles: Sequence[Example], samples_file: Path
 ) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
-    """Samples a text for each of some held-out articles, and prints their quality.
+    """Samples a text for each of some held-out articles, writes the texts and prints their quality.
 
     Returns:
         How much was judged, and the figures of `QualityJudge.table`.
@@ -161,4 +161,4 @@ def sample_figures(
     length = sample_length(subject.config.model.block_size)
     texts = subject.write(prompts_of(articles), length)
     judge = QualityJudge(list(source.examples("train")), articles, beginnings(articles, subject.tokenizer, length))
-    return judge.extent, judge_samples(judge, texts, articles, subject.workdir / SAMPLES_FILE)
+    return judge.extent, judge_samples(judge, texts, articles, samples_file)

@@ -80,14 +80,14 @@ class Judge:
         rows = [encoding.ids[:MAX_TOKENS] for encoding in self._tokenizer.encode_batch_fast(texts)]
         counts = np.array([len(row) for row in rows], np.int64)
         nats = np.zeros(len(rows))
-        for chosen, width in _batches(counts):
-            targets = np.zeros((_POSITIONS_PER_BATCH // width, width), np.int32)
+        for chosen, shape in _batches(counts):
+            targets = np.zeros(shape, np.int32)
             for row, text in zip(targets, chosen, strict=False):
                 row[: counts[text]] = rows[text]
             tokens = np.roll(targets, 1, axis=1)
             tokens[:, 0] = self._start_token
             scores = np.asarray(negative_log_likelihoods(self._llama, tokens, targets), np.float64)
-            real = np.arange(width) < counts[chosen][:, None]
+            real = np.arange(shape[1]) < counts[chosen][:, None]
             nats[chosen] = np.where(real, scores[: len(chosen)], 0.0).sum(axis=1)
         return nats, counts
 
@@ -97,13 +97,14 @@ class Judge:
         return math.exp(nats.sum() / counts.sum()) if counts.any() else math.nan
 
 
-def _batches(counts: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """Which texts are scored together, the longest first, and the length that they are padded to."""
+def _batches(counts: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+    """Which texts are scored together, the longest first, and the rows and the length that they are padded to."""
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     while len(order):
         width = next(length for length in _LENGTHS if length >= counts[order[0]])
-        num_rows = _POSITIONS_PER_BATCH // width
-        yield order[:num_rows], width
+        # As many rows to the last text, so that a length is compiled once.
+        num_rows = min(_POSITIONS_PER_BATCH // width, len(counts))
+        yield order[:num_rows], (num_rows, width)
         order = order[num_rows:]
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation finds: printed part by part, kept in `eval.json` as it grows, and logged to TensorBoard."""
+"""What an evaluation finds: printed part by part, kept in a JSON file as it grows, and logged to TensorBoard."""
 
 import contextlib
 import math
@@ -10,14 +10,12 @@ from typing import Any
 from sunfish_jax.workdir.event_writer import SummaryWriter
 from sunfish_jax.workdir.json_file import write_json
 
-RESULT_FILE = "eval.json"
-
 
 class Report:
     """The figures of one checkpoint.
 
     Attributes:
-        result: What is written to `eval.json`: nested figures by name.
+        result: What is written to `eval_SPLIT.json`: nested figures by name.
     """
 
     def __init__(self, workdir: Path, split: str, step: int):
@@ -34,7 +32,7 @@ class Report:
         began = time.monotonic()
         print(f"\n{title} ...", flush=True)
         yield self.result
-        write_json(self._workdir / RESULT_FILE, self.result)
+        write_json(self._workdir / f"eval_{self._split}.json", self.result)
         print(f"({time.monotonic() - began:.0f}s)", flush=True)
 
     def log(self) -> None:

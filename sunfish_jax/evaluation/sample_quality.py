@@ -19,7 +19,6 @@ from sunfish_jax.evaluation.judge import Judge
 from sunfish_jax.evaluation.text_statistics import NgramIndex, mean_length, text_statistics, words
 from sunfish_jax.generation.output import decode, jsonl_writer
 
-SAMPLES_FILE = "eval_samples.jsonl"
 # Tokens of a sample where the block holds more: about what an article of the default corpus has.
 _MOST_TOKENS = 128
 # The columns of the table, in order; the degenerate texts follow.

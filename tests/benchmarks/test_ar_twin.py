@@ -716,7 +716,7 @@ def test_one_command_trains_evaluates_and_samples(tmp_path, animals):
     ]
     needed = {"text", "seed", "scheduler", "num_steps", "temperature", "checkpoint_step", "seq_len", "config_hash"}
     assert needed <= samples[0].keys()
-    result = json.loads((tmp_path / "run/eval.json").read_text())
+    result = json.loads((tmp_path / "run/eval_validation.json").read_text())
     assert result["dropout"] == 0.05
     assert result["training_seconds"] <= 3.0 + 2.0
     # A few seconds teach it the frequencies of the tokens at least, and nothing of an order that is wrong.
@@ -741,7 +741,7 @@ def test_one_command_trains_evaluates_and_samples(tmp_path, animals):
     assert again.returncode == 0, again.stderr
     assert "compiled the step" not in again.stdout
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == samples
-    assert json.loads((tmp_path / "run/eval.json").read_text()) == result
+    assert json.loads((tmp_path / "run/eval_validation.json").read_text()) == result
     # Whoever takes it for a denoiser is told so.
     with pytest.raises(UserError, match="another architecture"):
         load_run(tmp_path / "run")

@@ -15,7 +15,7 @@ def test_each_part_is_saved_when_it_is_done_and_all_is_logged(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), report.section("two") as result:
         result["samples"] = {}
         raise KeyboardInterrupt
-    saved = json.loads((tmp_path / "eval.json").read_text())
+    saved = json.loads((tmp_path / "eval_validation.json").read_text())
     assert saved == {
         "workdir": str(tmp_path),
         "checkpoint_step": 30,
@@ -24,7 +24,7 @@ def test_each_part_is_saved_when_it_is_done_and_all_is_logged(tmp_path, capsys):
     }
     with report.section("two") as result:
         result["samples"] = {"real text": {"overlap_8": math.nan, "entropy": 9.5}}
-    assert json.loads((tmp_path / "eval.json").read_text())["samples"]["real text"]["overlap_8"] is None
+    assert json.loads((tmp_path / "eval_validation.json").read_text())["samples"]["real text"]["overlap_8"] is None
     report.log()
     log = EventAccumulator(str(tmp_path / "eval_validation"))
     log.Reload()
