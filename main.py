@@ -7,6 +7,7 @@ Fill the gaps in a text:        main.py --mode=infill --text="The [MASK] is a [M
 Measure on held-out text:       main.py --mode=eval
 """
 
+import os
 import re
 import runpy
 import sys
@@ -25,10 +26,11 @@ from sunfish_jax.generation.options import (
     read_prompts,
 )
 from sunfish_jax.startup import end_on_interrupt, prepare_process
-from sunfish_jax.workdir.config import load_config, unknown_key, validate_config
+from sunfish_jax.workdir.config import expand_home, load_config, unknown_key, validate_config
 from sunfish_jax.workdir.disk import disk_problem
 
 NO_CONFIG = "--config is missing: name what to train, such as --config=configs/micro.py"
+SAVED_CONFIG = ": the configuration saved in the workdir is used"
 ROOT = Path(__file__).parent
 FLAGS = flags.FLAGS
 GENERATE = ("sample", "infill")
@@ -68,6 +70,7 @@ def train(workdir: Path) -> None:
     if config is None:
         raise UserError(NO_CONFIG)
     validate_config(config, runpy.run_path(str(ROOT / "configs/default.py"))["get_config"]())
+    expand_home(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,12 +126,17 @@ def generation_flags() -> dict:
     names = GenerationOptions.__dataclass_fields__.keys() & set(FLAGS)
     values = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
     if FLAGS.prompts_file is not None:
-        values["prompts"] = read_prompts(Path(FLAGS.prompts_file))
+        values["prompts"] = read_prompts(as_path(FLAGS.prompts_file))
     elif FLAGS.prompt is not None:
         values["prompts"] = tuple(FLAGS.prompt)
     if FLAGS.output is not None:
-        values["output"] = Path(FLAGS.output)
+        values["output"] = as_path(FLAGS.output)
     return values
+
+
+def as_path(value: str) -> Path:
+    """A path of the command line; a shell leaves the `~` of `--workdir=~/run` to the program."""
+    return Path(os.path.expanduser(value))
 
 
 def check_flags(arguments: list[str]) -> None:
@@ -139,7 +147,7 @@ def check_flags(arguments: list[str]) -> None:
         raise UserError(f"--mode={FLAGS.mode}: give one of {', '.join(MODES)}")
     for name, modes in FLAG_MODES.items():
         if FLAGS[name].present and FLAGS.mode not in modes:
-            why = ": the configuration saved in the workdir is used" if name == "config" else ""
+            why = SAVED_CONFIG if name == "config" else ""
             raise UserError(f"--{name} means nothing with --mode={FLAGS.mode}{why}; leave it out")
 
 
@@ -155,7 +163,12 @@ def parse_flags(argv: list[str]) -> list[str]:
             FLAGS.config.items()  # A file that cannot be read is an error only here.
     except flags.UnrecognizedFlagError as error:
         # Overrides become flags only with a --config.
-        fail(UserError(NO_CONFIG) if error.flagname.startswith("config.") else error)
+        if not error.flagname.startswith("config."):
+            fail(error)
+        if FLAGS["mode"].value == "train":
+            fail(UserError(NO_CONFIG))
+        mode = FLAGS["mode"].value
+        fail(UserError(f"--{error.flagname} means nothing with --mode={mode}{SAVED_CONFIG}; leave it out"))
     except (UserError, flags.Error) as error:
         fail(error)
     except Exception as error:
@@ -201,7 +214,7 @@ def main(argv: list[str]) -> None:
     del argv
     end_on_interrupt()
     try:
-        MODES[FLAGS.mode](Path(FLAGS.workdir))
+        MODES[FLAGS.mode](as_path(FLAGS.workdir))
     except UserError as error:
         fail(error)
     except Exception as error:

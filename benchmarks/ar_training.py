@@ -27,7 +27,7 @@ from sunfish_jax.models.denoiser import compute_params
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.interrupt import StopRequest
 from sunfish_jax.training.loop import CompiledStep
-from sunfish_jax.training.preparation import Prepared, begin_workdir, check_workdir, prepare_run
+from sunfish_jax.training.preparation import Prepared, begin_workdir, prepare_run
 from sunfish_jax.training.sharding import DATA_AXIS, make_mesh, state_shardings
 from sunfish_jax.training.state import make_optimizer
 from sunfish_jax.training.step import TrainStep, ema_decay
@@ -109,8 +109,7 @@ def open_twin(workdir: Path, checkpoint: str = "best") -> Twin:
     if not (workdir / TWIN_FILE).is_file():
         raise UserError(f"--workdir={workdir} holds no autoregressive twin: name another folder")
     config = load_config(workdir)
-    prepared = prepare_run(config, workdir, workdir / TOKENIZER_FOLDER)
-    check_workdir(workdir, prepared)
+    prepared = prepare_run(config, workdir, workdir / TOKENIZER_FOLDER, resuming=True)
     model = make_twin(prepared.model, prepared.tokenizer.eos_token_id)
     abstract = jax.eval_shape(lambda: init_twin(model, jax.random.key(0)))
     with Checkpoints(workdir) as checkpoints:
@@ -229,7 +228,8 @@ def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int)
         config.model.compute_dtype = saved.model.compute_dtype if saved else fastest_compute_dtype()
     if resuming:
         check_resumable(saved, config)
-    prepared = prepare_run(config, workdir, workdir / TOKENIZER_FOLDER if resuming else None)
+    tokenizer_path = workdir / TOKENIZER_FOLDER if resuming else None
+    prepared = prepare_run(config, workdir, tokenizer_path, resuming=resuming)
     model = make_twin(prepared.model, prepared.tokenizer.eos_token_id)
     print(
         f"the twin: {count_parameters(model):,} trainable parameters, feed-forward {model.mlp_ratio} times the "
@@ -245,7 +245,6 @@ def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int)
     shardings = state_shardings(shapes, mesh)
     with Checkpoints(workdir, _KEPT) as checkpoints, contextlib.ExitStack() as stack:
         if resuming:
-            check_workdir(workdir, prepared)
             abstract = jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                 shapes,

@@ -57,18 +57,20 @@ def train(folder, workdir, *overrides):
         f"--config={ROOT}/configs/nano.py",
         f"--workdir={workdir}",
         "--config.data.source=corpus.jsonl",
+        # What is compiled is most of the time here: one row length, and figures and samples of one step.
+        "--config.data.num_buckets=1",
         "--config.tokenizer.vocab_size=320",
         "--config.model.dropout=0.1",
         "--config.train.batch_size=4",
         "--config.train.accumulate_steps=2",
         f"--config.train.num_steps={NUM_STEPS}",
-        "--config.eval.every_steps=10",
+        f"--config.eval.every_steps={NUM_STEPS}",
         "--config.eval.num_rows=8",
         "--config.eval.bound_rows=4",
         "--config.eval.bound_draws=8",
         "--config.sampling.num_steps=4",
         "--config.logging.every_steps=1",
-        "--config.logging.sample_every_steps=10",
+        f"--config.logging.sample_every_steps={NUM_STEPS}",
         "--config.logging.sample_prompts=('Write about a dog',)",
         "--config.checkpoint.every_steps=10",
         *overrides,
@@ -112,30 +114,35 @@ def resumed(folder, unstopped):
     return stopped_at
 
 
-def final_state(workdir):
+def state_of(workdir, step):
     run = load_run(workdir)
     abstract = jax.eval_shape(lambda: create_state(run.config, run.model))
     with Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(abstract, NUM_STEPS)
+        state = checkpoints.restore(abstract, step)
     state = state.replace(key=jax.random.key_data(state.key))
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def differing(one, other):
+    return [name for name in one if one[name].tobytes() != other[name].tobytes()]
 
 
 def test_run_shows_its_parameters_progress_figures_and_samples(unstopped):
     assert "Total: " in unstopped and "embedding" in unstopped  # the parameter table
     assert f"step {NUM_STEPS}/{NUM_STEPS}  loss " in unstopped and " tokens/s  0s left" in unstopped
-    assert "held-out cross-entropy at step 10: mean " in unstopped
+    assert f"held-out cross-entropy at step {NUM_STEPS}: mean " in unstopped
     assert "  [Write about a dog] " in unstopped and "  [no prompt] " in unstopped
 
 
 def test_stopped_and_resumed_run_ends_in_the_same_bits(folder, resumed):
-    expected, found = final_state(folder / "unstopped"), final_state(folder / "stopped")
+    expected, found = (state_of(folder / name, NUM_STEPS) for name in ("unstopped", "stopped"))
     assert expected.keys() == found.keys()
-    # Every kind of state is among them, and training changed it.
-    for kind in (".params", ".ema_params", ".opt_state", ".schedule.", ".schedule_opt_state", ".key", ".step"):
-        assert any(name.startswith(kind) for name in expected), kind
-    assert expected[".step"] == NUM_STEPS
-    assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
+    # Every kind of state is among them, and training changes it.
+    changed = differing(state_of(folder / "unstopped", 10), expected)
+    for kind in (".params", ".ema_params", ".opt_state", ".schedule.", ".schedule_opt_state", ".step"):
+        assert any(name.startswith(kind) for name in changed), kind
+    assert ".key" in expected and expected[".step"] == NUM_STEPS
+    assert differing(expected, found) == []
 
 
 def test_tensorboard_has_every_figure_once_over_both_sittings(folder, resumed):
@@ -206,11 +213,11 @@ def test_infill(folder, started):
 def test_eval(folder, started):
     out, _ = finish(started["eval"])
     assert "bits per byte" in out
-    result = json.loads((folder / "stopped/eval.json").read_text())
+    result = json.loads((folder / "stopped/eval_validation.json").read_text())
     assert result["checkpoint_step"] == NUM_STEPS
     assert 0 < result["held_out"]["held_out/mean"] < 10
     assert result["bits_per_byte"]["with_prompt"]["standard_error"] > 0
-    samples = (folder / "stopped/eval_samples.jsonl").read_text().split("\n")[:-1]
+    samples = (folder / "stopped/eval_validation_samples.jsonl").read_text().split("\n")[:-1]
     assert len(samples) == result["judged"]["texts"] == 4
     assert {"samples", "real text", "shuffled words"} <= result["samples"].keys()
     assert result["samples"]["samples"]["perplexity"] > 1

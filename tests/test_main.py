@@ -1,4 +1,3 @@
-import os
 import re
 import runpy
 import subprocess
@@ -27,18 +26,14 @@ def run_without_checkpoint(tmp_path) -> Path:
     return tmp_path
 
 
-def test_help_is_quick_and_imports_nothing_heavy(tmp_path):
-    before = os.times()
+def test_help_names_the_flags(tmp_path):
     done = main("--help", folder=tmp_path)
-    after = os.times()
     assert done.returncode == 0
     for flag in ("--prompt", "--prompts_file", "--text", "--checkpoint", "--split", "--guidance_scale", "--config"):
         assert f"{flag}:" in done.stdout
-    seconds = after.children_user + after.children_system - before.children_user - before.children_system
-    assert seconds < 1
 
 
-def test_what_main_imports_is_light():
+def test_what_help_imports_is_light():
     heavy = ("jax", "flax", "orbax", "transformers", "tensorflow", "torch", "numpy")
     code = f"import sys, main; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -52,6 +47,7 @@ WRONG_ARGUMENTS = [
     (["--mode=smaple"], ["--mode=smaple", "train, sample, infill, eval"]),
     (["--confg=x"], ["confg", "config"]),
     (["--config.model.width=3"], ["--config is missing"]),
+    (["--config.model.width=3", "--mode=eval"], ["--config.model.width means nothing with --mode=eval"]),
     (["--config=nowhere.py"], ["--config=nowhere.py", "no such file"]),
     (["--config=broken.py"], ["broken.py, line 2", "NameError"]),
     (["--config=unclosed.py"], ["unclosed.py", "SyntaxError"]),
@@ -71,6 +67,7 @@ WRONG_ARGUMENTS = [
     (["--mode=sample", "--text=a [MASK]"], ["--text means nothing with --mode=sample"]),
     (["--mode=eval", "--prompt=dogs"], ["--prompt means nothing with --mode=eval"]),
     (["--mode=sample", "--workdir=nowhere"], ["--workdir=nowhere", "no run"]),
+    (["--mode=sample", "--workdir=~/nowhere"], [f"--workdir={Path.home()}/nowhere", "no run"]),
     (["--mode=sample", "--num_steps=0"], ["--num_steps=0", "at least 1"]),
     (["--mode=sample", "--seq_len=65"], ["--seq_len=65", "at most 64"]),
     (["--mode=infill", "--text=a [MASK]", "--seq_len=65"], ["--seq_len=65", "at most 64"]),
@@ -114,7 +111,7 @@ def test_bad_input_is_one_line_and_code_2(run_without_checkpoint):
 def test_a_workdir_without_a_checkpoint(run_without_checkpoint, mode):
     before = contents(run_without_checkpoint)
     done = main(f"--mode={mode}", folder=run_without_checkpoint)
-    assert_one_line(done, ["--workdir=workdir has no checkpoint yet"])
+    assert_one_line(done, ["error: workdir has no checkpoint yet"])
     assert contents(run_without_checkpoint) == before
 
 
@@ -134,18 +131,25 @@ def contents(folder: Path) -> dict[Path, bytes]:
 INTERRUPTED = """
 import hashlib, os, signal, sys, threading
 import main
+from sunfish_jax.unfinished import unfinished
 def interrupt_myself(workdir):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
+    with unfinished(workdir / "folder") as folder, unfinished(workdir / "file") as file:
+        folder.mkdir()
+        for path in (file, folder / "part"):
+            path.write_text("half")
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
 main.MODES["eval"] = interrupt_myself
-sys.argv = ["main.py", "--mode=eval"]
+sys.argv = ["main.py", "--mode=eval", "--workdir=" + sys.argv[1]]
 main.app.run(main.main, flags_parser=main.parse_flags)
 """
 
 
-def test_interrupting_is_one_line_and_code_130():
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, cwd=ROOT, timeout=20)
+def test_interrupting_is_one_line_and_code_130_and_leaves_nothing_unfinished(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 # A limit on the size of files is met where a full disk would be.

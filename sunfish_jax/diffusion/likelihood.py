@@ -61,8 +61,9 @@ def likelihood_bound(
 ) -> Bound:
     """Estimates the bound of each sequence, without bias; to be called under `jax.jit`.
 
-    Each of the `num_draws + 1` network passes takes every row once, so what it needs is the memory of one
-    forward pass (logits [B, S, V] in fp32). Rows differ in their noise and in their noise levels.
+    Each of the `num_draws + 1` estimates, of two network passes with self-conditioning, takes every row once, so
+    what it needs is the memory of one forward pass (logits [B, S, V] in fp32). Rows differ in their noise and in
+    their noise levels.
 
     Args:
       predict: the network without dropout or guidance, with its prompt, or the null prompt, closed over.

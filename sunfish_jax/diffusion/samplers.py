@@ -77,7 +77,7 @@ def make_steps(schedule: Schedule, num_steps: int, scheduler: str) -> Steps:
 
     Args:
       schedule: the run's schedule, with concrete values.
-      num_steps: N, the number of network passes (twice as many where guidance acts).
+      num_steps: N, the number of network passes, without those that guidance adds.
       scheduler: one of `SCHEDULERS`.
 
     Raises:

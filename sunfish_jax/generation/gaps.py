@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sunfish_jax.errors import UserError
+from sunfish_jax.generation.options import shortened
 
 _GAP = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
 _LOOKS_LIKE_A_GAP = re.compile(r"\[\s*MASK[^\]\s]*\s*\]?", re.IGNORECASE)
@@ -84,7 +85,7 @@ def parse(text: str, tokenizer) -> Template:
             )
     matches = list(_GAP.finditer(text))
     if not matches:
-        raise UserError(f"--text has no gap to fill: {_shortened(text)!r}; mark one with [MASK] or [MASK:3]")
+        raise UserError(f"--text has no gap to fill: {shortened(text)!r}; mark one with [MASK] or [MASK:3]")
     marks_spaces = bool(_space_tokens(tokenizer).any())
     pieces, gaps, begin = [], [], 0
     for match in matches:
@@ -171,7 +172,3 @@ def _space_tokens(tokenizer) -> np.ndarray:
     """Which tokens begin with a space: [len(tokenizer)] bool."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return np.array([token is not None and token.startswith(_SPACE_MARKS) for token in tokens])
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else text[:60] + "..."

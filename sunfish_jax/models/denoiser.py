@@ -97,7 +97,7 @@ class TextDenoiser(nn.Module):
         self.raw_embedding = self.param(
             "embedding", nn.initializers.normal(1.0), (self.vocab_size, self.embedding_dim)
         )
-        # Set from the training text and never trained.
+        # Set from the training text and never trained; weights that a run starts from bring along that of theirs.
         self.log_unigram = self.param("log_unigram", zeros, (self.vocab_size,))
         self.input_kernel = self.param(
             "input_kernel", kernel_init(2 * self.embedding_dim), (2 * self.embedding_dim, width)

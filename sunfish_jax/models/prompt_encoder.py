@@ -1,6 +1,7 @@
 """Prompt encoders: from a prompt's text to what the denoiser attends to."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,12 @@ class PromptEncoder:
         """Whether prompts hold states, which are not trained, rather than tokens."""
         return self.encode is not None
 
+    def unread(self, prompt: str) -> int:
+        """The number of tokens of a prompt that are beyond `max_length`."""
+        encoding = self.tokenizer.encode(_encodable(prompt), add_special_tokens=False)
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(False) * self.add_special_tokens
+        return max(0, len(encoding.ids) + sum(len(rest.ids) for rest in encoding.overflowing) - room)
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Splits prompts into tokens.
 
@@ -61,8 +68,7 @@ class PromptEncoder:
             Tokens `[n, P]` int32 and mask `[n, P]` bool, False at padding. P is the length of the longest
             rounded up to a multiple of 16.
         """
-        # Half of a surrogate pair, which broken JSON can hold, has no UTF-8 form.
-        prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
+        prompts = [_encodable(prompt) for prompt in prompts]
         encodings = self.tokenizer.encode_batch_fast(prompts, add_special_tokens=self.add_special_tokens)
         lengths = np.array([len(encoding.ids) for encoding in encodings], np.int32)
         mask = np.arange(round_up(lengths.max(initial=0))) < lengths[:, None]
@@ -72,7 +78,7 @@ class PromptEncoder:
 
 
 def encode_prompts(encoder: PromptEncoder, prompts: Sequence[str | None]) -> Prompt:
-    """Encodes prompts given by a person.
+    """Encodes prompts given by a person, and says on stderr which of them are read in part.
 
     Args:
         encoder: As `make_prompt_encoder` makes it.
@@ -87,6 +93,8 @@ def encode_prompts(encoder: PromptEncoder, prompts: Sequence[str | None]) -> Pro
     for prompt in prompts:
         if prompt is not None and not prompt.strip():
             raise UserError(f"the prompt {prompt!r} is empty: give some text, or no prompt at all")
+        if prompt is not None and (rest := encoder.unread(prompt)):
+            print(f"the last {rest} tokens of the prompt {prompt[:20]!r}... are not read", file=sys.stderr)
     tokens, mask = encoder.tokenize([prompt or "" for prompt in prompts])
     mask &= np.array([prompt is not None for prompt in prompts], bool)[:, None]
     return Prompt(inputs=encoder.encode(tokens, mask) if encoder.frozen else tokens, mask=mask)
@@ -191,6 +199,11 @@ def _make_transformer(config: ConfigDict, tokenizer: "PreTrainedTokenizerFast | 
         add_special_tokens=False,
         module=module,
     )
+
+
+def _encodable(prompt: str) -> str:
+    """The prompt without halves of surrogate pairs, which broken JSON can hold and which have no UTF-8 form."""
+    return prompt.encode("utf-8", "replace").decode()
 
 
 def _truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:

@@ -28,7 +28,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, 
       k: [B, H, T, d].
       v: [B, H, T, d].
       mask: [B, T] bool, False at keys that no query may attend to; None for no mask. A row of all False
-        attends to every key alike.
+        attends to every key alike, and its gradients mean nothing.
       causal: query s attends to no key after the s-th.
 
     Returns:
@@ -55,7 +55,7 @@ def _attention_forward(q, k, v, mask, causal):
 
 
 def _attention_backward(causal, residuals, g):
-    # Where a query attends to nothing p is 0, and so are the gradients.
+    # Where p is 0, as at keys that are masked, the gradients are too: there is no need to know which those are.
     del causal
     q, k, v, p = residuals
     # With the barrier p's transposed copy waits for the backward pass, and is not kept beside p till then.

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
 from sunfish_jax.training.state import TrainState
+from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import changed_keys, has_config, load_config
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER, Run, load_run
 
@@ -36,9 +37,10 @@ def init_tokenizer(config: ConfigDict) -> Path:
     """The saved tokenizer of the run that `train.init_from` names: its embeddings belong to no other.
 
     Raises:
-        UserError: there is no such run, it has another architecture, or another tokenizer is asked for.
+        UserError: there is no such run or checkpoint, it has another architecture, or another tokenizer is asked
+            for.
     """
-    workdir, _ = split_init_from(config.train.init_from)
+    workdir, checkpoint = split_init_from(config.train.init_from)
     if not has_config(workdir):
         raise UserError(
             f"train.init_from={config.train.init_from}: {workdir} holds no run; give another run's workdir, "
@@ -60,6 +62,8 @@ def init_tokenizer(config: ConfigDict) -> Path:
             f"tokenizer.path={config.tokenizer.path} and train.init_from={config.train.init_from} were both "
             "given: leave out tokenizer.path, since weights belong to the tokenizer they were trained with"
         )
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.resolve(checkpoint)
     return workdir / TOKENIZER_FOLDER
 
 

@@ -20,12 +20,7 @@ from sunfish_jax.ops.allocator import give_back_freed_memory
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.init_from import init_state, init_tokenizer
 from sunfish_jax.training.interrupt import StopRequest
-from sunfish_jax.training.preparation import (
-    Prepared,
-    begin_workdir,
-    check_workdir,
-    prepare_run,
-)
+from sunfish_jax.training.preparation import Prepared, begin_workdir, prepare_run
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
 from sunfish_jax.training.step import TrainStep, make_train_step
@@ -71,20 +66,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
         tokenizer_path = workdir / TOKENIZER_FOLDER
     else:
         tokenizer_path = init_tokenizer(config) if config.train.init_from else None
-    prepared = prepare_run(config, workdir, tokenizer_path)
-    if first_step is not None:
-        check_workdir(workdir, prepared)
+    prepared = prepare_run(config, workdir, tokenizer_path, resuming=first_step is not None)
     mesh = make_mesh(config.train.num_devices)
     source = prepared.training_batches(config)
     # The first batches are made while the state is read.
     batches = batch_iterator(source, first_step or 0, config.train.num_steps)
-    token_counts = prepared.token_counts()
     with (
         _writing_to(workdir),
         Checkpoints(workdir, config.checkpoint) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
-        state = _first_state(config, workdir, prepared, token_counts, mesh, checkpoints, first_step)
+        state = _first_state(config, workdir, prepared, mesh, checkpoints, first_step)
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
         writer = make_writer(config, workdir, first_step or 0)
         stack.callback(writer.close)
@@ -138,17 +130,13 @@ def _first_state(
     config: ConfigDict,
     workdir: Path,
     prepared: Prepared,
-    token_counts: np.ndarray,
     mesh: Mesh,
     checkpoints: Checkpoints,
     first_step: int | None,
 ) -> TrainState:
     """The state to go on from, laid out over the mesh; only from here on is more than `data/` written to."""
 
-    def create() -> TrainState:
-        return create_state(config, prepared.model, token_counts)
-
-    shapes = jax.eval_shape(create)
+    shapes = jax.eval_shape(lambda: create_state(config, prepared.model))
     shardings = state_shardings(shapes, mesh)
     if first_step is not None:
         abstract = jax.tree.map(
@@ -160,7 +148,8 @@ def _first_state(
         print(f"resuming {config.logging.name} in {workdir} from step {first_step}")
         _record_changes(config, workdir, first_step)
         return state
-    state = jax.jit(create, out_shardings=shardings)()
+    token_counts = prepared.token_counts()
+    state = jax.jit(lambda: create_state(config, prepared.model, token_counts), out_shardings=shardings)()
     if config.train.init_from:
         state, origin = init_state(state, config)
         print(f"starting from the weights of {origin.workdir}, step {origin.step}")
@@ -258,7 +247,8 @@ class Loop:
             held_out = None
             if self._is_due(config.eval.every_steps) and not stop:
                 held_out = self._once_free("evaluate", lambda state=state: self._evaluate(state))
-            if self._is_due(config.checkpoint.every_steps):
+            # Of each evaluation, or the best state might be none that is kept.
+            if self._is_due(config.checkpoint.every_steps) or held_out is not None:
                 self._save(state, held_out)
             if self._is_due(config.logging.sample_every_steps) and not stop:
                 self._once_free("sample", lambda state=state: self._show_samples(state))
@@ -271,6 +261,8 @@ class Loop:
                 flush=True,
             )
         else:
+            if stop:
+                print("stopped at the last step: --mode=eval and --mode=sample make what is missing of its figures")
             print(
                 f"trained to step {progress.step} in {format_seconds(progress.seconds)} of training "
                 f"({progress.real_tokens:,} real tokens), saved in {self.workdir}",

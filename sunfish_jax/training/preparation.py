@@ -21,6 +21,7 @@ from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.workdir.config import CONFIG_FILE, record_config
 from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER
+from sunfish_jax.workdir.writers import WANDB_RUN_FILE
 
 # What a tokenizer is trained on: as many characters, spread over the corpus. The words of a whole gigabyte took
 # three minutes to count, and 1.6 GB of memory.
@@ -60,7 +61,9 @@ class Prepared:
         return self.splits["train"].token_counts(self.model.vocab_size)
 
 
-def prepare_run(config: ConfigDict, workdir: Path, tokenizer_path: Path | None) -> Prepared:
+def prepare_run(
+    config: ConfigDict, workdir: Path, tokenizer_path: Path | None, *, resuming: bool = False
+) -> Prepared:
     """Prepares data and model; what was prepared before is found again in the workdir.
 
     Args:
@@ -68,27 +71,37 @@ def prepare_run(config: ConfigDict, workdir: Path, tokenizer_path: Path | None) 
         workdir: tokens are kept in `data/` there.
         tokenizer_path: a saved tokenizer to use: that of the run to resume or to start from. None: the one that
             the configuration names, or one trained on the corpus.
+        resuming: whether it is for the run in `workdir`, which goes on only with what it began with.
 
     Raises:
-        UserError: the data, the tokenizer or the prompt encoder cannot be used.
+        UserError: the data, the tokenizer or the prompt encoder cannot be used, or is not what the run began with.
     """
     data_dir = workdir / DATA_FOLDER
     source = open_source(config.data, data_dir)
     tokenizer = _tokenizer(config.tokenizer, source, tokenizer_path)
-    splits = prepare(source, tokenizer, data_dir, block_size=config.model.block_size)
     encoder = make_prompt_encoder(config.prompt_encoder, tokenizer)
+    identity = {
+        "data": source.identity,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "prompt_encoder": encoder.identity,
+    }
+    # Before a corpus is tokenized, which may take minutes.
+    if resuming:
+        _check_identity(workdir, identity)
+    splits = prepare(source, tokenizer, data_dir, block_size=config.model.block_size)
+    train = splits["train"]
+    print(
+        f"training text: {train.num_rows:,} rows, {len(train.tokens):,} tokens, {train.num_prompts:,} prompts",
+        flush=True,
+    )
     return Prepared(
         tokenizer=tokenizer,
         prompt_encoder=encoder,
         splits=splits,
-        buckets=choose_buckets(splits["train"].lengths, config.data.num_buckets, config.model.block_size),
+        buckets=choose_buckets(train.lengths, config.data.num_buckets, config.model.block_size),
         data_dir=data_dir,
         model=make_model(config, len(tokenizer), encoder),
-        identity={
-            "data": source.identity,
-            "tokenizer": tokenizer_identity(tokenizer),
-            "prompt_encoder": encoder.identity,
-        },
+        identity=identity,
     )
 
 
@@ -109,17 +122,18 @@ def _spread_texts(source: Source, most_characters: int) -> Iterator[str]:
 
 def begin_workdir(workdir: Path, config: ConfigDict, prepared: Prepared):
     """Makes `workdir` that of a new run. Without a checkpoint, what an earlier one left there is of no use."""
-    (workdir / CONFIG_FILE).unlink(missing_ok=True)
+    for name in (CONFIG_FILE, WANDB_RUN_FILE):
+        (workdir / name).unlink(missing_ok=True)
     record_config(workdir, config, step=0)
     prepared.tokenizer.save_pretrained(workdir / TOKENIZER_FOLDER)
     (workdir / IDENTITY_FILE).write_text(json.dumps(prepared.identity, indent=2) + "\n", encoding="utf-8")
 
 
-def check_workdir(workdir: Path, prepared: Prepared):
+def _check_identity(workdir: Path, identity: Mapping[str, str]):
     """Raises a UserError if the run in `workdir` was trained on other data, tokens or prompt states."""
     saved = json.loads((workdir / IDENTITY_FILE).read_text(encoding="utf-8"))
     names = {"data": "text of data.source", "tokenizer": "tokenizer", "prompt_encoder": "prompt encoder"}
-    changed = [name for key, name in names.items() if saved[key] != prepared.identity[key]]
+    changed = [name for key, name in names.items() if saved[key] != identity[key]]
     if changed:
         raise UserError(
             f"the {' and the '.join(changed)} changed since the run in --workdir={workdir} began: put back what "

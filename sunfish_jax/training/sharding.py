@@ -15,7 +15,7 @@ _SMALLEST_SPLIT = 2**16
 
 
 def make_mesh(num_devices: int) -> Mesh:
-    """A mesh of one axis over the first devices of all processes.
+    """A mesh of one axis over the first devices.
 
     Raises:
       UserError: there are not as many devices.

@@ -36,7 +36,7 @@ class Checkpoints:
         self._workdir = workdir
         folder = (workdir / CHECKPOINTS_FOLDER).absolute()
         if config is None and not folder.is_dir():
-            raise UserError(f"--workdir={workdir} has no checkpoint yet: train until the first one is saved")
+            raise UserError(f"{workdir} has no checkpoint yet: train until the first one is saved")
         self._manager = ocp.CheckpointManager(
             folder, options=_options(config), item_handlers={"state": ocp.PyTreeCheckpointHandler()}
         )
@@ -96,18 +96,18 @@ class Checkpoints:
         """
         steps = self.steps()
         if not steps:
-            raise UserError(f"--workdir={self._workdir} has no checkpoint yet: train until the first one is saved")
+            raise UserError(f"{self._workdir} has no checkpoint yet: train until the first one is saved")
         if step == "latest":
             return steps[-1]
         if step == "best":
             best = self.best_step()
             if best is None:
                 raise UserError(
-                    f"--checkpoint=best: no held-out loss was measured yet in {self._workdir}; give latest"
+                    f"{self._workdir} has no best checkpoint: no held-out loss was measured yet; take the latest"
                 )
             return best
         if int(step) not in steps:
-            raise UserError(f"--checkpoint={step}: {self._workdir} has the steps {_listed(steps)}")
+            raise UserError(f"{self._workdir} has no checkpoint of step {step}; it has the steps {_listed(steps)}")
         return int(step)
 
     def restore(self, abstract_state: Any, step: int | str = "latest") -> Any:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from sunfish_jax.workdir.json_file import write_json
 CONFIG_FILE = "config.json"
 HISTORY_FILE = "config_history.jsonl"
 
-# What a trained state depends on. `model` keys that only say how to compute it may change.
+# What a trained state depends on. `model` keys that only say how to compute it may change, and so may the place of
+# what a run keeps a fingerprint of.
 _FIXED_GROUPS = ("data", "tokenizer", "model", "prompt_encoder")
 _FREE_MODEL_KEYS = ("model.dropout", "model.compute_dtype", "model.remat")
+_PATH_KEYS = ("data.source", "tokenizer.path", "prompt_encoder.path")
 _FIXED_KEYS = ("diffusion.schedule", "optimizer.name", "train.seed", "train.init_from")
 
 _CHOICES = {
@@ -77,6 +80,13 @@ def validate_config(config: ConfigDict, reference: ConfigDict) -> None:
     _check_relations(config)
 
 
+def expand_home(config: ConfigDict) -> None:
+    """Writes out the `~` of paths, in place: a shell leaves that of `--config.data.source=~/text.txt` alone."""
+    for key in (*_PATH_KEYS, "train.init_from"):
+        group, _, last = key.partition(".")
+        config[group][last] = os.path.expanduser(config[group][last])
+
+
 def _check_type(key: str, value: Any, default: Any) -> None:
     wanted = type(default)
     fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
@@ -124,6 +134,11 @@ def _check_relations(config: ConfigDict) -> None:
         )
     if config.prompt_encoder.name == "gpt2" and not config.prompt_encoder.path:
         raise UserError("config.prompt_encoder.path is empty: give a folder with GPT-2's model.safetensors")
+    if not all(prompt.strip() for prompt in config.logging.sample_prompts):
+        raise UserError(
+            f"config.logging.sample_prompts={config.logging.sample_prompts!r}: one is empty; leave it out, a text "
+            "without a prompt is sampled anyway"
+        )
     interval = config.sampling.guidance_interval
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise UserError(f"config.sampling.guidance_interval={interval}: give two rising numbers from 0 to 1")
@@ -215,7 +230,7 @@ def check_resumable(saved: ConfigDict, new: ConfigDict) -> None:
 
 def _is_fixed(key: str) -> bool:
     in_group = key.partition(".")[0] in _FIXED_GROUPS
-    return (in_group and key not in _FREE_MODEL_KEYS) or key in _FIXED_KEYS
+    return (in_group and key not in _FREE_MODEL_KEYS + _PATH_KEYS) or key in _FIXED_KEYS
 
 
 def changed_keys(saved: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -18,6 +18,12 @@ sys.modules.setdefault("clu.metric_writers.summary_writer", event_writer)
 
 from clu import metric_writers  # noqa: E402
 
+# Holds the W&B id of the run, under which it goes on when resumed.
+WANDB_RUN_FILE = "wandb_run_id.txt"
+# What the curves on W&B are drawn over. W&B's own count of steps never goes back, and would leave out the points
+# that a resumed run makes again.
+_WANDB_STEP = "step"
+
 
 class WandbWriter(event_writer.SummaryWriter):
     """A CLU `MetricWriter` that sends scalars and texts to Weights & Biases."""
@@ -30,7 +36,7 @@ class WandbWriter(event_writer.SummaryWriter):
             name: the run's name on Weights & Biases.
 
         Raises:
-            UserError: `wandb` is not installed.
+            UserError: `wandb` is not installed, or cannot begin a run.
         """
         try:
             import wandb
@@ -40,21 +46,28 @@ class WandbWriter(event_writer.SummaryWriter):
                 "or leave out --config.logging.wandb"
             ) from None
         self._wandb = wandb
-        id_file = workdir / "wandb_run_id.txt"
+        id_file = workdir / WANDB_RUN_FILE
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        self._run = wandb.init(
-            project="sunfish_jax", name=name, dir=os.fspath(workdir), id=id_file.read_text(), resume="allow"
-        )
+        try:
+            self._run = wandb.init(
+                project="sunfish_jax", name=name, dir=os.fspath(workdir), id=id_file.read_text(), resume="allow"
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"Weights & Biases cannot begin a run ({error}): run `wandb login`, set WANDB_MODE=offline, or "
+                "leave out --config.logging.wandb"
+            ) from error
+        self._run.define_metric("*", step_metric=_WANDB_STEP)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
         """Writes one point of each named curve."""
-        self._run.log({name: float(value) for name, value in scalars.items()}, step=int(step))
+        self._run.log({name: float(value) for name, value in scalars.items()} | {_WANDB_STEP: int(step)})
 
     def write_texts(self, step: int, texts: Mapping[str, str]):
         """Writes texts as they are."""
         pages = {name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
-        self._run.log(pages, step=int(step))
+        self._run.log(pages | {_WANDB_STEP: int(step)})
 
     def write_hparams(self, hparams: Mapping[str, Any]):
         """Writes the configuration."""
@@ -80,7 +93,7 @@ def make_writer(config: ConfigDict, workdir: Path, first_step: int = 0) -> metri
         A CLU writer to TensorBoard, to the log (shown with `--verbosity=0`) and, if asked for, to W&B.
 
     Raises:
-        UserError: W&B was asked for and is not installed.
+        UserError: W&B was asked for and is not installed, or cannot begin a run.
     """
     writers = [
         metric_writers.LoggingWriter(),

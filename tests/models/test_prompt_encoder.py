@@ -54,6 +54,14 @@ def _transformer(max_length=32, width=16, num_heads=2):
     return make_prompt_encoder(ConfigDict(config), corpus_tokenizer), corpus_tokenizer
 
 
+def test_what_is_not_read_of_a_prompt_is_said(minilm, capsys):
+    # Of 40 tokens MiniLM's own marks take two.
+    for words, unread in ((1, 0), (38, 0), (39, 1), (100, 62)):
+        assert minilm.unread("dog " * words) == unread
+    encode_prompts(minilm, ["dog " * 41, "dog", None])
+    assert capsys.readouterr().err == "the last 3 tokens of the prompt 'dog dog dog dog dog '... are not read\n"
+
+
 def test_widths_are_multiples_of_16_and_truncation_keeps_the_end_mark(minilm):
     for words, width, length in ((1, 16, 3), (14, 16, 16), (15, 32, 17), (5000, 48, 40)):
         tokens, mask = minilm.tokenize(["dog " * words, "dog"])

@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from configs import nano
 from sunfish_jax.errors import UserError
 from sunfish_jax.training.init_from import init_tokenizer, split_init_from
+from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import record_config
 
 
 @pytest.fixture
 def saved(tmp_path):
-    record_config(tmp_path / "saved", nano.get_config(), step=0)
+    config = nano.get_config()
+    record_config(tmp_path / "saved", config, step=0)
+    with Checkpoints(tmp_path / "saved", config.checkpoint) as checkpoints:
+        checkpoints.save(10, {"step": jnp.int32(10)})
     return tmp_path / "saved"
 
 
@@ -48,6 +53,13 @@ def test_other_architecture_is_refused_by_name(saved, key, value):
     config.train.init_from = str(saved)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=rf"{key} is .* there and {value!r} here"):
+        init_tokenizer(config)
+
+
+def test_missing_checkpoint_is_found_before_anything_is_prepared(saved):
+    config = nano.get_config()
+    config.train.init_from = f"{saved}@7"
+    with pytest.raises(UserError, match=r"no checkpoint of step 7; it has the steps 10$"):
         init_tokenizer(config)
 
 

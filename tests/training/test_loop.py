@@ -122,6 +122,14 @@ def test_everything_happens_at_its_steps_and_at_the_last(tmp_path, capsys):
     assert recorder.flushed == 3
 
 
+def test_the_state_of_each_evaluation_is_saved(tmp_path):
+    recorder = Recorder()
+    loop = make_loop(tmp_path, recorder)
+    loop.config.checkpoint.every_steps = 6
+    loop.run(0, FakeStep(), endless())
+    assert recorder.saved == {4: {"held_out": 7.0}, 6: None, 8: {"held_out": 11.0}, 10: {"held_out": 13.0}}
+
+
 def test_freed_memory_goes_back_every_few_seconds(tmp_path, monkeypatch):
     clock, gave_back = [0.0], []
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
@@ -143,6 +151,13 @@ def test_stop_finishes_the_step_saves_it_and_says_how_to_resume(tmp_path, capsys
     assert list(recorder.texts) == [3]  # not at step 6: whoever stops a run waits for it to end
     assert "stopped at step 6 of 10" in capsys.readouterr().out
     assert load_totals(tmp_path, 6, 10).real_tokens == 30
+
+
+def test_stop_in_the_last_step_says_what_is_missing(tmp_path, capsys):
+    recorder = Recorder()
+    make_loop(tmp_path, recorder).run(0, FakeStep(after={10: recorder.ask}), endless())
+    assert recorder.saved[10] is None and 10 not in recorder.texts
+    assert "--mode=eval and --mode=sample make what is missing" in capsys.readouterr().out
 
 
 def test_stop_during_an_evaluation_gives_it_up_and_saves(tmp_path):

@@ -13,9 +13,9 @@ from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.errors import UserError
 from sunfish_jax.models import prompt_table
 from sunfish_jax.training import preparation
-from sunfish_jax.training.preparation import begin_workdir, check_workdir, prepare_run
+from sunfish_jax.training.preparation import begin_workdir, prepare_run
 from sunfish_jax.workdir.config import load_config
-from sunfish_jax.workdir.run import TOKENIZER_FOLDER
+from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,7 @@ def prepared(config, tmp_path_factory):
 
 def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path):
     begin_workdir(tmp_path, config, prepared)
-    again = prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER)
-    check_workdir(tmp_path, again)
+    again = prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
     assert again.buckets == prepared.buckets
     np.testing.assert_array_equal(again.splits["train"].tokens, prepared.splits["train"].tokens)
     batch, same = again.training_batches(config)[5], prepared.training_batches(config)[5]
@@ -101,6 +100,7 @@ def test_token_counts_are_those_of_the_training_text(prepared):
 )
 def test_run_does_not_go_on_with_what_changed(config, prepared, tmp_path, key, words):
     begin_workdir(tmp_path, config, prepared)
-    changed = dataclasses.replace(prepared, identity={**prepared.identity, key: "another"})
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps({**prepared.identity, key: "another"}))
     with pytest.raises(UserError, match=f"the {words} changed since the run"):
-        check_workdir(tmp_path, changed)
+        prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
+    assert not (tmp_path / DATA_FOLDER).exists()

@@ -9,6 +9,7 @@ from sunfish_jax.errors import UserError
 from sunfish_jax.workdir.config import (
     changed_keys,
     check_resumable,
+    expand_home,
     load_config,
     record_config,
     unknown_key,
@@ -71,6 +72,7 @@ def test_micro_is_the_recommended_model():
         ("prompt_encoder.name", "gpt2", ["prompt_encoder.path is empty"]),
         ("sampling.guidance_interval", (0.9, 0.1), ["(0.9, 0.1)", "rising"]),
         ("logging.sample_prompts", (1, 2), ["(1, 2)", "Write about dogs"]),
+        ("logging.sample_prompts", ("dogs", " "), ["('dogs', ' ')", "empty"]),
         ("data.source", "", ["data.source is empty", "vital_articles"]),
         ("model.widht", 64, ["config.model.widht", "did you mean config.model.width?"]),
         ("train.learning_rate", 1e-3, ["did you mean config.optimizer.learning_rate?"]),
@@ -126,7 +128,7 @@ def test_changes_are_recorded_with_their_step(tmp_path):
 def test_what_a_state_depends_on_cannot_change(tmp_path):
     record_config(tmp_path, get_config("nano"), step=0)
     changed = {
-        "data.source": "mine.txt",
+        "data.text_key": "body",
         "tokenizer.vocab_size": 600,
         "model.width": 128,
         "prompt_encoder.name": "transformer",
@@ -151,6 +153,20 @@ def test_what_a_state_depends_on_cannot_change(tmp_path):
 @pytest.mark.parametrize("key", ["train.num_steps", "checkpoint.keep", "model.remat", "train.batch_size"])
 def test_the_rest_may_change(key):
     check_resumable(get_config("nano"), with_value("nano", key, 48))
+
+
+@pytest.mark.parametrize("key", ["data.source", "tokenizer.path", "prompt_encoder.path"])
+def test_what_a_run_reads_may_be_moved(key):
+    check_resumable(get_config("nano"), with_value("nano", key, "elsewhere"))
+
+
+def test_the_home_folder_is_written_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = with_value("nano", "data.source", "~/text.txt")
+    expand_home(config)
+    assert config.data.source == "/home/me/text.txt" and config.tokenizer.path == ""
+    expand_home(get_config("nano"))
+    assert get_config("nano").data.source == "vital_articles"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"a"'])

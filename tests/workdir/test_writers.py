@@ -95,12 +95,23 @@ def test_wandb_missing_is_one_clear_line(tmp_path, monkeypatch):
         writers.make_writer(logging_config(wandb=True), tmp_path)
 
 
+def test_wandb_that_cannot_begin_is_one_clear_line(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_):
+        raise wandb.Error("No API key configured")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(UserError, match=r"No API key configured.*wandb login"):
+        writers.make_writer(logging_config(wandb=True), tmp_path)
+
+
 @pytest.mark.slow
 def test_wandb_offline_keeps_scalars_texts_and_the_run_id(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for steps in [(1, 2), (3,)]:  # stopped after step 2 and resumed
+    for steps in [(1, 2), (2, 3)]:  # killed after step 2 and resumed from step 1
         writer = writers.make_writer(logging_config(wandb=True), tmp_path)
         writer.write_hparams(hparams={"model.width": 64})
         for step in steps:
@@ -110,7 +121,7 @@ def test_wandb_offline_keeps_scalars_texts_and_the_run_id(tmp_path, monkeypatch)
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     run_id = (tmp_path / "wandb_run_id.txt").read_text()
     assert len(runs) == 2 and all(f"-{run_id}" in run.name for run in runs)
-    assert [steps for run in runs for steps in history_steps(run)] == [1, 2, 3]
+    assert [steps for run in runs for steps in history_steps(run)] == [1, 2, 2, 3]
     page = next(runs[0].glob("files/media/html/samples/*.html")).read_text()
     assert "&lt;b&gt; a dog" in page
 
@@ -129,5 +140,6 @@ def history_steps(run_folder):
         (length,) = struct.unpack_from("<H", data, position + 4)
         record = wandb_internal_pb2.Record.FromString(data[position + 7 : position + 7 + length])
         position += 7 + length
-        if any("train/loss" in (item.key, *item.nested_key) for item in record.history.item):
-            yield record.history.step.num
+        values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        if "train/loss" in values:
+            yield int(values["step"])
