@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
 
     config.train.num_steps = 500_000
     config.train.batch_size = 64
-    config.train.accumulate_steps = 8
     config.train.num_devices = 8
 
     config.logging.name = "full"

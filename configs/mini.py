@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     config.model.num_layers = 6
     config.model.num_heads = 4
     config.model.width = 256
-    config.model.block_size = 256
     config.model.mlp_ratio = 6
     config.model.conditioning_dim = 64
 

@@ -43,7 +43,6 @@ def get_config() -> ConfigDict:
     config.sampling.num_steps = 32
     config.eval.every_steps = 100
     config.eval.num_rows = 32
-    config.eval.bound_draws = 64
     config.eval.bound_rows = 8
     config.logging.name = "nano"
     config.logging.every_steps = 10

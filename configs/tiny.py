@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
 
     config.prompt_encoder.max_length = 32
     config.prompt_encoder.num_layers = 1
-    config.prompt_encoder.num_heads = 4
     config.prompt_encoder.width = 128
 
     config.optimizer.learning_rate = 2e-3

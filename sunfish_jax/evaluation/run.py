@@ -53,8 +53,14 @@ def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
 
 
 def source_of(run: Run) -> Source:
-    """The corpus that a run was trained on. Raises a UserError if it has changed since."""
-    source = open_source(run.config.data, run.workdir / DATA_FOLDER)
+    """The corpus that a run was trained on. Raises a UserError if it is gone or has changed since."""
+    try:
+        source = open_source(run.config.data, run.workdir / DATA_FOLDER)
+    except UserError as error:
+        raise UserError(
+            f"what --workdir={run.workdir} was trained on cannot be opened: {error} (where it was moved, run the "
+            "training command with its new --config.data.source first)"
+        ) from error
     if source.identity != run.data_identity:
         # Other text is split elsewhere: some that the run was trained on would be taken for held-out text.
         raise UserError(
