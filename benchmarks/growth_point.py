@@ -10,7 +10,6 @@ import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from sunfish_jax.startup import prepare_process
 
@@ -103,5 +102,4 @@ def sample(config, point: dict) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main(json.loads(sys.argv[1]))

@@ -1,5 +1,6 @@
 """How fast this machine multiplies matrices, through the same XLA as everything else here."""
 
+import functools
 import statistics
 import time
 
@@ -14,17 +15,18 @@ _SECONDS_A_SHAPE = 0.3
 class MatrixRate:
     """The rate of the best of several products, of each by the median of its times.
 
-    The machine's speed drifts, so it is worth measuring again now and then.
+    They are asked for in float32, as everywhere here: XLA:CPU takes longer to make a bfloat16 result. The machine's
+    speed drifts, so it is worth measuring again now and then.
 
     Attributes:
-      dtype: what is multiplied.
+      dtype: of the operands.
       shape: (m, k, n) of the best product so far.
       flops_per_second: its rate.
     """
 
     def __init__(self, dtype: jnp.dtype):
         self.dtype = dtype
-        self._product = jax.jit(jnp.dot)
+        self._product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
         self._seconds: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in _SHAPES}
 
     @property

@@ -304,39 +304,46 @@ def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedu
     optimizer = make_plain_optimizer(config.optimizer, config.train.num_steps)
     diffusion = config.diffusion
 
-    def loss(params, rows: Batch, gamma, key, num_targets):
-        def apply(*arguments, method):
-            return plain.apply({"params": params}, *arguments, method=method)
+    def inputs(params, rows: NoisyRows, prompt: Prompt):
+        """z, gamma, known_mask and the encoded prompts of rows."""
+        z = rows.noisy_embeddings(plain.apply({"params": params}, method="embedding_table"))
+        return z, rows.gamma, rows.known_mask, plain.apply({"params": params}, prompt, method="encode_prompt")
 
-        noise_key, dropout_key, prompt_key = jax.random.split(key, 3)
-        noise = jax.random.normal(noise_key, (*rows.tokens.shape, plain.embedding_dim))
-        dropped = jax.random.uniform(prompt_key, rows.tokens.shape[:1]) < diffusion.conditioning_dropout
-        prompt = apply(rows.prompt.replace(mask=rows.prompt.mask & ~dropped[:, None]), method="encode_prompt")
-        noisy = NoisyRows(rows.tokens, rows.known_mask, gamma, noise)
-        z = noisy.noisy_embeddings(apply(method="embedding_table"))
+    def estimates(params, rows: NoisyRows, prompt: Prompt):
+        """First estimates of one in so many of the whole step's rows, zeros for the others."""
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (rows, prompt))
 
         def estimate(chosen):
-            given = (gamma[chosen], jnp.zeros_like(z[chosen]), rows.known_mask[chosen], prompt.select(chosen))
-            return apply(z[chosen], *given, method="estimate")
+            z, gamma, *given = inputs(params, *jax.tree.map(lambda leaf: leaf[chosen], flat))
+            return plain.apply({"params": params}, z, gamma, jnp.zeros_like(z), *given, method="estimate")
 
-        (chosen,) = self_conditioned_rows(1, len(z), 1, diffusion.self_conditioning_every)
-        x_hat = first_estimates(estimate, z.shape, chosen)
-        logits = apply(z, gamma, x_hat, rows.known_mask, prompt, dropout_key, method="logits")
+        (chosen,) = self_conditioned_rows(*rows.gamma.shape, 1, diffusion.self_conditioning_every)
+        return first_estimates(estimate, flat[0].noise.shape, chosen).reshape(rows.noise.shape)
+
+    def loss(params, rows: NoisyRows, prompt: Prompt, x_hat, dropout_key, num_targets):
+        z, gamma, *given = inputs(params, rows, prompt)
+        logits = plain.apply({"params": params}, z, gamma, x_hat, *given, dropout_key, method="logits")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.tokens)
         return jnp.sum(losses * ~rows.known_mask) / num_targets
 
     def step(state: PlainState, batch: Batch):
         shape = batch.tokens.shape[:2]
-        gamma_key, *row_keys = jax.random.split(jax.random.fold_in(key, state.step), 1 + shape[0])
+        gamma_key, noise_key, dropout_key, prompt_key = jax.random.split(jax.random.fold_in(key, state.step), 4)
         gamma = schedule.gamma(stratified_uniforms(gamma_key, shape[0] * shape[1])).reshape(shape)
+        noise = jax.random.normal(noise_key, (*batch.tokens.shape, plain.embedding_dim))
+        rows = NoisyRows(batch.tokens, batch.known_mask, gamma, noise)
+        dropped = jax.random.uniform(prompt_key, shape) < diffusion.conditioning_dropout
+        prompt = batch.prompt.replace(mask=batch.prompt.mask & ~dropped[..., None])
+        x_hat = estimates(state.params, rows, prompt)
         num_targets = jnp.sum(~batch.known_mask).astype(jnp.float32)
 
-        def accumulate(total, microbatch):
-            value_and_grads = jax.value_and_grad(loss)(state.params, *microbatch, num_targets)
+        def accumulate(total, of_pass):
+            value_and_grads = jax.value_and_grad(loss)(state.params, *of_pass, num_targets)
             return jax.tree.map(jnp.add, total, value_and_grads), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        (value, grads), _ = jax.lax.scan(accumulate, zeros, (batch, gamma, jnp.stack(row_keys)))
+        passes = (rows, prompt, x_hat, jax.random.split(dropout_key, shape[0]))
+        (value, grads), _ = jax.lax.scan(accumulate, zeros, passes)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - config.optimizer.ema_decay)

@@ -1,6 +1,6 @@
 """Lays samples out as a page: JSONL files of `main.py --mode=sample --output=FILE`, in the order given.
 
-uv run benchmarks/samples_page.py samples_1000.jsonl samples_4900.jsonl > docs/mini_samples.md
+uv run benchmarks/samples_page.py samples_2000.jsonl samples_5000.jsonl samples_9500.jsonl > docs/mini_samples.md
 
 ar_twin.py writes such files too.
 """

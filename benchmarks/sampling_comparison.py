@@ -188,7 +188,8 @@ def torch_courses(
     params, inputs = moved(sampled.params), Inputs.random(sampled.model)
     make_twin(torch, sampled.model, params)
     ours = our_logits(sampled.model, params, inputs)
-    check_same("the PyTorch twin", ours, twin_logits(torch, inputs))
+    for fused_attention in (True, False):
+        check_same("the PyTorch twin", ours, twin_logits(torch, inputs, "float32", fused_attention))
     make_twin(torch, sampled.model, sampled.params)
     task.for_torch(sampled).send(torch)
     options = {"dtypes": number_formats(sampled.model), "repeats": repeats, "compiled": True}

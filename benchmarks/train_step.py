@@ -7,8 +7,8 @@ With --compare also against PyTorch: a twin of our network with AdamW, in the fa
 and the first SunFish as it shipped. Each side works while the others wait, in turn, and the medians count.
 
 The last line is one JSON object. `tokens_per_s` counts real tokens, over row lengths in the mix of an epoch;
-`matmul_share` is the needed arithmetic (flops.py) over what the best product, in the number format of the step,
-would do in that time.
+`matmul_share` is the needed arithmetic (flops.py) over what the best product, of operands in the step's number
+format, would do in that time.
 `ratio_plain_flax` is our real tokens per second over those of plain_flax.py, with the configuration's optimiser on
 both sides (optax's own Muon on theirs). `ratio_torch_twin` is that over the twin's (torch_twin.py), with AdamW on
 both sides, and `ratio_torch_twin_as_configured` with the configuration's optimiser on ours. `ratio_first_sunfish`

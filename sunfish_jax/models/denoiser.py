@@ -39,10 +39,6 @@ class PromptKeysValues:
         """Keys, values and mask for one layer."""
         return self.keys[index], self.values[index], self.mask
 
-    def select(self, rows: jax.Array) -> "PromptKeysValues":
-        """The keys and values of some rows [n]."""
-        return jax.tree.map(lambda leaf: leaf[rows], self)
-
 
 @flax.struct.dataclass
 class Vocabulary:

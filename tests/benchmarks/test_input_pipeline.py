@@ -27,6 +27,10 @@ def test_input_pipeline_prints_ratios(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     command = [sys.executable, str(ROOT / "benchmarks/input_pipeline.py"), f"--config={ROOT}/configs/nano.py"]
     command += ["--config.data.source=corpus.jsonl", "--config.tokenizer.vocab_size=300", "--batches=3"]
+    # What is quick to compile.
+    command += ["--config.data.num_buckets=1", "--config.optimizer.name=adamw"]
+    command += ["--config.model.num_layers=1", "--config.model.conv_width=0"]
+    command += ["--config.diffusion.self_conditioning_every=0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

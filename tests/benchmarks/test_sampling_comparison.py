@@ -19,10 +19,11 @@ from sunfish_jax.models.prompt import Prompt
 def sampled() -> Sampled:
     config = nano.get_config()
     config.model.num_layers = 1
+    config.model.conv_width = 0
     config.model.compute_dtype = "float32"
     encoder = FrozenEncoder(output_dim=24)
     model = make_model(config, 300, encoder)
-    params = init_params(model, jax.random.key(0))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     return Sampled("nano", config, model, params, make_schedule("gumbel", model.embedding_dim, 300), encoder)
 
 
@@ -63,7 +64,7 @@ def test_it_compares(sampled, fake_torch, monkeypatch, capsys):
     monkeypatch.setattr(
         sampling_comparison,
         "twin_logits",
-        lambda _, inputs: same(sampled.model, sampling_comparison.moved(sampled.params), inputs),
+        lambda _, inputs, *how: same(sampled.model, sampling_comparison.moved(sampled.params), inputs),
     )
     run(sampled, 1, torch)
     result = last_line(capsys)
@@ -72,9 +73,11 @@ def test_it_compares(sampled, fake_torch, monkeypatch, capsys):
     assert result["ratio_first_sunfish"] == pytest.approx(6.0 / result["seconds"], rel=0.02)
 
 
-def test_a_twin_with_other_logits_stops_it(sampled, fake_torch, monkeypatch):
-    torch = fake_torch(twin={"parameters": 1})
-    monkeypatch.setattr(sampling_comparison, "twin_logits", lambda *_: np.zeros((3, 32, 300)))
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_twin_with_other_logits_in_either_attention_stops_it(sampled, fake_torch, monkeypatch, wrong):
+    torch, ours = fake_torch(twin={"parameters": 1}), np.ones((3, 32, 300))
+    monkeypatch.setattr(sampling_comparison, "our_logits", lambda *_: ours)
+    monkeypatch.setattr(sampling_comparison, "twin_logits", lambda *given: ours + (given[-1] is wrong))
     with pytest.raises(AssertionError, match="differ from ours"):
         run(sampled, 1, torch)
 
