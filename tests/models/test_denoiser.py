@@ -1,6 +1,7 @@
 """What the denoiser may depend on, and what it is before training."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def model():
         embedding_dim=16,
         mlp_ratio=2,
         conditioning_dim=16,
-        conv_width=5,
+        conv_width=3,
         dropout=0.1,
         dtype=jnp.dtype("float32"),
         remat=False,
@@ -33,14 +34,20 @@ def model():
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def untrained(model):
+    return init_params(model, jax.random.key(0))
+
+
+def moved(params):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
+
+
 @pytest.fixture(scope="module")
 def variables(model):
     """Parameters away from their initial zeros, as after some training."""
-    params = init_params(model, jax.random.key(0))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return {"params": jax.tree.unflatten(structure, leaves)}
+    return {"params": moved(untrained(model))}
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +63,23 @@ def prompt_of(seed, mask=None):
     return Prompt(inputs=states, mask=np.ones((ROWS, PROMPT_LENGTH), bool) if mask is None else mask)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def apply(model, variables, *arguments, method):
+    return model.apply(variables, *arguments, method=method)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def logits(model, variables, inputs, prompt):
-    keys_values = model.apply(variables, prompt, method="encode_prompt")
-    return model.apply(variables, vocabulary(model, variables), *inputs, keys_values, method="logits")
+    keys_values = apply(model, variables, prompt, method="encode_prompt")
+    return apply(model, variables, vocabulary(model, variables), *inputs, keys_values, method="logits")
 
 
 def vocabulary(model, variables):
-    return model.apply(variables, method="vocabulary")
+    return apply(model, variables, method="vocabulary")
 
 
 def test_untrained_logits_are_the_single_token_posterior(model, inputs):
-    params = init_params(model, jax.random.key(0))
+    params = untrained(model)
     params["log_unigram"] = jnp.linspace(-3.0, 0.0, model.vocab_size)
     z, gamma, *_ = inputs
     embeddings = vocabulary(model, {"params": params}).embeddings
@@ -80,10 +93,9 @@ def test_embeddings_have_norm_sqrt_dim(model, variables):
 
 
 def test_layers_are_traced_once_for_all(model, inputs, monkeypatch):
-    def traced_layers(num_layers):
-        deeper = dataclasses.replace(model, num_layers=num_layers, parent=None)
-        params = jax.eval_shape(lambda: init_params(deeper, jax.random.key(0)))
-        jax.clear_caches()
+    def traced_layers(num_layers, width):
+        deeper = dataclasses.replace(model, num_layers=num_layers, width=width, parent=None)
+        params = jax.eval_shape(lambda: untrained(deeper))
         traced.clear()
         jax.eval_shape(lambda params: logits(deeper, {"params": params}, inputs, prompt_of(0)), params)
         return len(traced)
@@ -91,7 +103,8 @@ def test_layers_are_traced_once_for_all(model, inputs, monkeypatch):
     traced = []
     attention = layers.attention
     monkeypatch.setattr(layers, "attention", lambda *arguments: traced.append(1) or attention(*arguments))
-    assert traced_layers(2) == traced_layers(5) > 0
+    # Widths that no other test has: their layers would not be traced again.
+    assert traced_layers(2, width=40) == traced_layers(5, width=48) > 0
 
 
 def test_rows_do_not_see_each_other(model, variables, inputs):
@@ -155,10 +168,10 @@ def test_several_prompts_in_one_pass_are_as_in_passes_of_their_own(model, variab
     given = prompt_of(0, np.arange(PROMPT_LENGTH) < np.array([[2], [PROMPT_LENGTH], [4]]))
     # The null prompt of one position, which is not attended to but passed on.
     none = Prompt(np.zeros((ROWS, 1, 24), np.float16), np.zeros((ROWS, 1), bool))
-    prompts = [model.apply(variables, prompt, method="encode_prompt") for prompt in (given, none, prompt_of(3))]
+    prompts = [apply(model, variables, prompt, method="encode_prompt") for prompt in (given, none, prompt_of(3))]
     given = vocabulary(model, variables), *inputs
-    together = model.apply(variables, *given, *prompts, method="features")
-    alone = [model.apply(variables, *given, prompt, method="features") for prompt in prompts]
+    together = apply(model, variables, *given, *prompts, method="features")
+    alone = [apply(model, variables, *given, prompt, method="features") for prompt in prompts]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
     padded = prompt_of(5, np.zeros((ROWS, PROMPT_LENGTH), bool))
     np.testing.assert_allclose(
@@ -169,9 +182,9 @@ def test_several_prompts_in_one_pass_are_as_in_passes_of_their_own(model, variab
 
 def test_cross_entropy_is_that_of_the_logits(model, variables, inputs):
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, model.vocab_size, (ROWS, LENGTH)))
-    keys_values = model.apply(variables, prompt_of(0), method="encode_prompt")
+    keys_values = apply(model, variables, prompt_of(0), method="encode_prompt")
     given = vocabulary(model, variables), tokens, *inputs, keys_values
-    losses = model.apply(variables, *given, method="cross_entropy")
+    losses = apply(model, variables, *given, method="cross_entropy")
     log_probabilities = jax.nn.log_softmax(logits(model, variables, inputs, prompt_of(0)))
     expected = -jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(losses, expected, atol=1e-4)
@@ -184,27 +197,24 @@ def test_rematerialisation_changes_no_gradient(model, variables, inputs):
     def gradient(remat):
         chosen = dataclasses.replace(model, remat=remat)
 
-        def loss(variables):
+        @jax.jit
+        @jax.grad
+        def of_loss(variables):
             keys_values = chosen.apply(variables, prompt_of(0), method="encode_prompt")
             given = vocabulary(chosen, variables), tokens, *inputs, keys_values, row_seeds
             losses = chosen.apply(variables, *given, method="cross_entropy")
             return losses.sum()
 
-        return jax.grad(loss)(variables)
+        return jax.device_get(of_loss(variables))
 
     for plain, again in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
-        np.testing.assert_allclose(plain, again, atol=1e-4 * max(1.0, float(jnp.abs(plain).max())))
+        np.testing.assert_allclose(plain, again, atol=1e-4 * max(1.0, np.abs(plain).max()))
 
 
 def test_without_training_on_estimates_they_are_ignored(model, inputs):
-    params = init_params(model, jax.random.key(0))
+    params = untrained(model)
     # Everything but the estimates' own kernel moved from zero.
-    rng = np.random.default_rng(0)
-    moved = {
-        path: leaf if path[-1].key == "estimate_kernel" else leaf + 0.1 * rng.normal(size=leaf.shape)
-        for path, leaf in jax.tree.leaves_with_path(params)
-    }
-    params = jax.tree.map_with_path(lambda path, _: moved[path].astype(jnp.float32), params)
+    params = moved(params) | {"estimate_kernel": params["estimate_kernel"]}
     z, gamma, x_hat, known = inputs
     first = logits(model, {"params": params}, (z, gamma, x_hat, known), prompt_of(0))
     second = logits(model, {"params": params}, (z, gamma, x_hat + 1.0, known), prompt_of(0))

@@ -13,6 +13,12 @@ from sunfish_jax.training.watching import HELD_OUT_MEAN, Stopped
 from sunfish_jax.workdir.progress import Progress, load_totals
 
 
+@pytest.fixture(autouse=True)
+def programs_kept(monkeypatch):
+    """No program is dropped: other tests of this process would compile theirs again."""
+    monkeypatch.setattr(loop, "_drop_unowned_programs", lambda: None)
+
+
 def batch(length=8, real=5):
     mask = np.arange(length) < real
     return types.SimpleNamespace(tokens=np.zeros((1, 1, length)), padding_mask=mask[None, None])
@@ -134,7 +140,6 @@ def test_freed_memory_goes_back_every_few_seconds(tmp_path, monkeypatch):
     clock, gave_back = [0.0], []
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(loop, "give_back_freed_memory", lambda: gave_back.append(clock[0]))
-    monkeypatch.setattr(loop, "_drop_unowned_programs", lambda: None)
     monkeypatch.setattr(loop, "_SECONDS_BETWEEN_GIVING_BACK", 5.0)
 
     def two_seconds():

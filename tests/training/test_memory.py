@@ -22,7 +22,7 @@ def config_and_model(name):
 
 @pytest.mark.parametrize(
     ("name", "millions", "tolerance"),
-    [("nano", 0.3, 0.1), ("tiny", 1.0, 0.1), ("mini", 10.0, 0.1), ("micro", 41.6, 0.03), ("full", 1400.0, 0.1)],
+    [("nano", 0.3, 0.1), ("tiny", 1.0, 0.05), ("mini", 10.0, 0.05), ("micro", 41.3, 0.002), ("full", 1400.0, 0.03)],
 )
 def test_configs_have_the_stated_number_of_parameters(name, millions, tolerance):
     config, model = config_and_model(name)
@@ -53,10 +53,9 @@ def test_activations_grow_with_rows_and_shrink_with_rematerialisation():
     assert step_memory(config, remat, make_mesh(1)).activations < 0.7 * many
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_the_whole_step_of_full_can_be_traced(devices):
+def test_the_whole_step_of_full_can_be_traced():
     config, model = config_and_model("full")
-    memory = step_memory(config, model, make_mesh(devices))
+    memory = step_memory(config, model, make_mesh(2))
     # Parameters, their average and a moment or two, four bytes each, shared out.
-    assert 12 * 1.4e9 < devices * memory.state < 16 * 1.5e9
+    assert 12 * 1.4e9 < 2 * memory.state < 16 * 1.5e9
     assert memory.total < 80e9

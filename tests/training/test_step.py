@@ -1,5 +1,7 @@
 """The training step: what it computes, and what it must not depend on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,22 +17,45 @@ from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.passes import draw_rows, estimates, pass_loss
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import create_state, learning_rate_schedule
-from sunfish_jax.training.step import ema_decay, make_train_step
+from sunfish_jax.training.step import BatchGradients, TrainStep, ema_decay, make_train_step
 
 VOCAB, LENGTH, PROMPT_LENGTH = 60, 16, 4
+COUNTS = np.arange(VOCAB)
 ENCODER = FrozenEncoder(output_dim=24)
 
 
-@pytest.fixture
-def config():
+def make_config(optimizer="adamw"):
     config = nano.get_config()
     config.model.compute_dtype = "float32"
     config.model.dropout = 0.1
     config.model.num_layers = 1
+    config.model.conv_width = 3
+    config.optimizer.name = optimizer
     config.optimizer.warmup_steps = 1
     config.train.accumulate_steps = 2
     config.train.batch_size = 4
     return config
+
+
+@pytest.fixture(scope="module")
+def config():
+    return make_config()
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return make_model(config, VOCAB, ENCODER)
+
+
+@pytest.fixture(scope="module")
+def step(config, model):
+    return make_train_step(config, model, make_mesh(1))
+
+
+@pytest.fixture(scope="module")
+def new_state(config, model):
+    """Makes a state for each step to give up."""
+    return jax.jit(lambda: create_state(config, model, COUNTS))
 
 
 def random_batch(accumulate=2, rows=4):
@@ -49,26 +74,24 @@ def random_batch(accumulate=2, rows=4):
     )
 
 
-def moved_state(config, model):
+def in_one_pass(batch):
+    return jax.tree.map(lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batch)
+
+
+def moved(state):
     """Its parameters away from the zeros they start from, so that prompts and estimates change the losses."""
     rng = np.random.default_rng(1)
-    state = create_state(config, model)
-    moved = {
+    leaves = {
         path: p if path[-1].key == "log_unigram" else p + 0.1 * rng.normal(size=p.shape).astype(np.float32)
         for path, p in jax.tree.leaves_with_path(state.params)
     }
-    return state.replace(params=jax.tree.map_with_path(lambda path, _: moved[path], state.params))
+    return state.replace(params=jax.tree.map_with_path(lambda path, _: leaves[path], state.params))
 
 
-def trained(config, batch, devices=1, steps=3):
+def trained(step, state, batch):
     """The losses of a few steps, and the state after them."""
-    model = make_model(config, VOCAB, ENCODER)
-    mesh = make_mesh(devices)
-    state = moved_state(config, model)
-    state = jax.device_put(state, state_shardings(state, mesh))
-    step = make_train_step(config, model, mesh)
     losses = []
-    for _ in range(steps):
+    for _ in range(3):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.replace(key=jax.random.key_data(state.key)))
@@ -79,65 +102,68 @@ def assert_states_close(first, second, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-def test_one_and_two_devices_compute_the_same(config):
+def test_one_and_two_devices_compute_the_same():
     # Adam's first steps divide rounding errors by themselves; a larger epsilon is not ours to set, so the
     # comparison is of the losses over several steps, each of which follows from the whole state before it.
-    # Kernels of three layers, of which one device orthogonalises two.
-    config.model.num_layers = 3
-    one, _ = trained(config, random_batch(), devices=1)
-    two, _ = trained(config, random_batch(), devices=2)
-    np.testing.assert_allclose(one, two, rtol=1e-4)
+    # Of one shape are three kernels (mlp_in, mlp_out, scales_kernel), of which one device orthogonalises two.
+    config = make_config("muon")
+    model = make_model(config, VOCAB, ENCODER)
+    state = moved(jax.jit(lambda: create_state(config, model, COUNTS))())
+
+    def losses(devices):
+        mesh = make_mesh(devices)
+        placed = jax.device_put(jax.tree.map(jnp.copy, state), state_shardings(state, mesh))
+        return trained(make_train_step(config, model, mesh), placed, random_batch())[0]
+
+    np.testing.assert_allclose(losses(1), losses(2), rtol=1e-4)
 
 
-def test_devices_share_muons_work(config):
-    """What each device multiplies in an update, besides the few kernels that have no equals in other layers."""
+def test_devices_share_muons_work(monkeypatch):
+    """What each device multiplies in an update of equal kernels."""
     # An odd number: `full` too has no multiple of its devices.
-    config.model.num_layers = 3
-    config.model.width = 128
+    kernels = {f"{name}_kernel": jnp.zeros((256, 512)) for name in "abc"}
+    monkeypatch.setattr("sunfish_jax.training.state.init_params", lambda model, key: kernels.copy())
+    config = make_config("muon")
+    model = make_model(config, VOCAB, ENCODER)
+    state = jax.eval_shape(lambda: create_state(config, model))
+    gradients = BatchGradients(state.params, jnp.float32(0.0), state.schedule, state.schedule_opt_state)
 
     def operations(devices):
-        model, mesh = make_model(config, VOCAB, ENCODER), make_mesh(devices)
-        state = jax.eval_shape(lambda: create_state(config, model))
-        step = make_train_step(config, model, mesh)
-        gradients = jax.eval_shape(step.gradients, state, random_batch())
-        return step.update.lower(state, gradients).compile().cost_analysis()["flops"]
+        update = make_train_step(config, model, make_mesh(devices)).update
+        return update.lower(state, gradients).compile().cost_analysis()["flops"]
 
     assert operations(2) < 0.75 * operations(1)
 
 
-def test_accumulation_is_a_larger_batch(config):
+def test_accumulation_is_a_larger_batch(step, new_state):
     # With known tokens unevenly spread, a mean of means would differ.
     batch = random_batch()
-    whole = jax.tree.map(lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batch)
-    split, _ = trained(config, batch)
-    together, _ = trained(config, whole)
+    split, _ = trained(step, moved(new_state()), batch)
+    together, _ = trained(step, moved(new_state()), in_one_pass(batch))
     np.testing.assert_allclose(split, together, rtol=1e-4)
 
 
-def test_the_same_steps_give_the_same_bits(config):
-    _, first = trained(config, random_batch())
-    _, second = trained(config, random_batch())
+def test_the_same_steps_give_the_same_bits(step, new_state):
+    _, first = trained(step, moved(new_state()), random_batch())
+    _, second = trained(step, moved(new_state()), random_batch())
     assert_states_close(first, second, 0.0)
 
 
-def test_the_compiled_step_is_the_same_and_its_update_is_compiled_once(config):
-    model, mesh = make_model(config, VOCAB, ENCODER), make_mesh(1)
-    step, state = make_train_step(config, model, mesh), create_state(config, model)
-    compiled, jitted_update = [], step.update
+def test_the_compiled_step_is_the_same_and_its_update_is_compiled_once(step, new_state):
+    compiled, state = [], new_state()
 
     class CountingUpdate:
         def __call__(self, *arguments):
-            return jitted_update(*arguments)
+            return step.update(*arguments)
 
         def lower(self, *arguments):
             compiled.append(arguments)
-            return jitted_update.lower(*arguments)
+            return step.update.lower(*arguments)
 
-    step.update = CountingUpdate()
-    batches = random_batch(rows=4), random_batch(rows=2)
+    counting_step = TrainStep(step.gradients, CountingUpdate())
     losses = []
-    for batch in batches:
-        compiled_step = step.compile(state, batch)
+    for batch in (random_batch(), in_one_pass(random_batch())):
+        compiled_step = counting_step.compile(state, batch)
         expected, _ = step(jax.tree.map(jnp.copy, state), batch)
         state, metrics = compiled_step(state, batch)
         losses.append(float(metrics["loss"]))
@@ -147,44 +173,45 @@ def test_the_compiled_step_is_the_same_and_its_update_is_compiled_once(config):
     assert losses[0] != losses[1]
 
 
-def test_noise_changes_with_the_step(config):
-    config.optimizer.learning_rate = 0.0
-    config.diffusion.schedule_learning_rate = 0.0
-    losses, _ = trained(config, random_batch())
+def test_noise_changes_with_the_step(step, new_state):
+    # At one level, and before training, when neither dropout nor the prompts change the loss.
+    state = new_state()
+    state = state.replace(schedule=state.schedule.replace(log_beta=jnp.float32(-jnp.inf)))
+    losses = [float(step.gradients(state.replace(step=jnp.int32(i)), random_batch()).loss) for i in range(3)]
+    assert np.isfinite(losses).all()
     assert len(set(losses)) == 3
 
 
-def test_the_state_moves_as_it_should(config):
-    model = make_model(config, VOCAB, ENCODER)
-    counts = np.arange(VOCAB)
-    state = create_state(config, model, counts)
+def test_the_state_moves_as_it_should(step, new_state):
+    state = new_state()
     before = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
-    np.testing.assert_allclose(np.exp(before.params["log_unigram"]), (counts + 1) / (counts + 1).sum(), rtol=1e-5)
-    step = make_train_step(config, model, make_mesh(1))
+    np.testing.assert_allclose(np.exp(before.params["log_unigram"]), (COUNTS + 1) / (COUNTS + 1).sum(), rtol=1e-5)
     # The head and the layers' outputs start at zero, so it takes a few steps until everything moves.
     for _ in range(5):
         state, _ = step(state, random_batch())
-    after = state
-    assert int(after.step) == 5
-    np.testing.assert_array_equal(after.params["log_unigram"], before.params["log_unigram"])
-    moved = {
-        jax.tree_util.keystr(path): bool(np.any(a != b))
-        for (path, a), b in zip(
-            jax.tree.leaves_with_path(after.params), jax.tree.leaves(before.params), strict=True
-        )
-    }
-    assert [path for path, did in moved.items() if not did] == ["['log_unigram']"]
-    assert float(after.schedule.mu) != float(before.schedule.mu)
+    after = jax.device_get(state.params)
+    assert int(state.step) == 5
+    still = [
+        jax.tree_util.keystr(path)
+        for (path, a), b in zip(jax.tree.leaves_with_path(after), jax.tree.leaves(before.params), strict=True)
+        if np.array_equal(a, b)
+    ]
+    assert still == ["['log_unigram']"]
+    assert float(state.schedule.mu) != float(before.schedule.mu)
 
 
-def test_ema_follows_its_definition(config):
-    model = make_model(config, VOCAB, ENCODER)
-    state = create_state(config, model)
+def test_ema_follows_its_definition(step, new_state):
+    state = new_state()
     initial = jax.device_get(state.params["embedding"])
-    state, _ = make_train_step(config, model, make_mesh(1))(state, random_batch())
-    # At the first step the decay is 1/10.
+    # The first step's learning rate is zero.
+    state, _ = step(state, random_batch())
+    first = jax.device_get(state.ema_params["embedding"])
+    state, _ = step(state, random_batch())
+    second = state.params["embedding"]
+    assert np.abs(second - initial).max() > 1e-3
+    # At the second step the decay is 2/11.
     np.testing.assert_allclose(
-        state.ema_params["embedding"], 0.1 * initial + 0.9 * state.params["embedding"], rtol=1e-5, atol=1e-6
+        state.ema_params["embedding"], first + (1 - 2 / 11) * (second - first), rtol=1e-5, atol=1e-6
     )
 
 
@@ -193,27 +220,27 @@ def test_ema_decay_warms_up():
     assert float(ema_decay(0.999, jnp.int32(100_000))) == pytest.approx(0.999)
 
 
-def test_learning_rate_warms_up_and_decays_to_zero(config):
-    config.optimizer.warmup_steps = 10
-    rate = learning_rate_schedule(config.optimizer, 100)
-    peak = config.optimizer.learning_rate
+def test_learning_rate_warms_up_and_decays_to_zero():
+    config = make_config().optimizer
+    config.warmup_steps = 10
+    rate = learning_rate_schedule(config, 100)
+    peak = config.learning_rate
     np.testing.assert_allclose([rate(0), rate(5), rate(10)], [0.0, peak / 2, peak], rtol=1e-5)
     assert float(rate(55)) == pytest.approx(peak / 2, rel=1e-3)
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_untrained_loss_is_the_single_token_posteriors(config):
+def test_untrained_loss_is_the_single_token_posteriors(model, new_state):
     """The whole path from tokens to loss against a float64 loop over positions."""
-    model = make_model(config, VOCAB, ENCODER)
-    params = create_state(config, model, np.arange(VOCAB)).params
+    params = new_state().params
     gamma = jnp.asarray([-2.0, 0.0, 2.0, 4.0])
     keys = jax.random.split(jax.random.key(5), 3)
     batch = random_batch(accumulate=1)
-    rows = draw_rows(batch, gamma[None], keys, 8 + jnp.arange(4)[None], dropout=0.0)
+    rows = jax.jit(draw_rows)(batch, gamma[None], keys, 8 + jnp.arange(4)[None], dropout=0.0)
     rows, batch = jax.tree.map(lambda leaf: leaf[0], (rows, batch))
     vocabulary = vocabulary_of(model, params)
     no_estimates = jnp.zeros((4, LENGTH, model.embedding_dim))
-    _, row_losses = pass_loss(model, params, vocabulary, rows, no_estimates, 1.0)
+    _, row_losses = jax.jit(pass_loss, static_argnums=0)(model, params, vocabulary, rows, no_estimates, 1.0)
 
     table = np.asarray(vocabulary.embeddings, np.float64)
     bias = np.asarray(params["log_unigram"], np.float64)
@@ -244,6 +271,7 @@ def test_known_positions_are_given_clean():
     np.testing.assert_allclose(z[~batch.known_mask], np.sqrt(0.5) * (clean[~batch.known_mask] + 1.0), rtol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def vocabulary_of(model, params):
     return model.apply({"params": params}, method="vocabulary")
 
@@ -278,45 +306,49 @@ def test_first_estimates_fill_only_the_chosen_rows_and_stop_gradients():
     assert not np.any(x_hat(5.0, np.zeros((0, 2), int)))
 
 
-def test_estimates_are_the_models_own_for_each_row_by_itself(config):
-    model = make_model(config, VOCAB, ENCODER)
-    params = moved_state(config, model).params
+def test_estimates_are_the_models_own_for_each_row_by_itself(model, new_state):
+    params = moved(new_state()).params
     vocabulary = vocabulary_of(model, params)
     batch = jax.tree.map(jnp.asarray, random_batch(accumulate=2, rows=3))
     keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(6).reshape(2, 3)
-    rows = draw_rows(batch, jnp.linspace(-1.0, 3.0, 6).reshape(2, 3), keys, numbers, dropout=0.5)
-    got = estimates(model, params, vocabulary, rows, jnp.asarray([[1, 5], [3, -1]])).reshape(6, LENGTH, -1)
+    rows = jax.jit(draw_rows)(batch, jnp.linspace(-1.0, 3.0, 6).reshape(2, 3), keys, numbers, dropout=0.5)
+    chosen = jnp.asarray([[1, 5], [3, -1]])
+    got = jax.jit(estimates, static_argnums=0)(model, params, vocabulary, rows, chosen).reshape(6, LENGTH, -1)
     np.testing.assert_array_equal(got[jnp.asarray([0, 2, 4])], 0.0)
-    for index in (1, 3, 5):
-        row = jax.tree.map(lambda leaf, index=index: leaf.reshape(6, *leaf.shape[2:])[index, None], rows)
+
+    @jax.jit
+    def estimate(params, vocabulary, row):
         z = row.noisy_embeddings(vocabulary.embeddings)
         prompt = model.apply({"params": params}, row.prompt, method="encode_prompt")
         given = (vocabulary, z, row.gamma, jnp.zeros_like(z), row.known_mask, prompt)
-        expected = model.apply({"params": params}, *given, method="estimate")[0]
+        return model.apply({"params": params}, *given, method="estimate")[0]
+
+    for index in (1, 3, 5):
+        row = jax.tree.map(lambda leaf, i=index: leaf.reshape(6, *leaf.shape[2:])[i, None], rows)
+        expected = estimate(params, vocabulary, row)
         assert np.abs(expected).max() > 0.1
         np.testing.assert_allclose(got[index], expected, atol=1e-4)
 
 
-def test_the_steps_gradient_is_that_of_the_mean_loss(config):
+def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, step, new_state):
     """All passes and both ways to the tables, against one automatic gradient of the whole."""
-    config.optimizer.name = "adamw"
-    model, mesh = make_model(config, VOCAB, ENCODER), make_mesh(1)
-    state = moved_state(config, model)
+    state = moved(new_state())
     batch = jax.tree.map(jnp.asarray, random_batch())
-    got = make_train_step(config, model, mesh).gradients(state, batch)
+    got = step.gradients(state, batch)
 
-    gamma_key, *keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
-    gamma = state.schedule.gamma(stratified_uniforms(gamma_key, 8)).reshape(2, 4)
-    rows = draw_rows(batch, gamma, keys, jnp.arange(8).reshape(2, 4), config.diffusion.conditioning_dropout)
-    num_targets = np.sum(~batch.known_mask)
-
-    def loss(params):
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, state, batch):
+        gamma_key, *keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
+        gamma = state.schedule.gamma(stratified_uniforms(gamma_key, 8)).reshape(2, 4)
+        numbers = jnp.arange(8).reshape(2, 4)
+        rows = draw_rows(batch, gamma, keys, numbers, config.diffusion.conditioning_dropout)
         vocabulary = vocabulary_of(model, params)
         x_hat = estimates(model, params, vocabulary, rows, jnp.asarray([[0, 4]]))
-        passes = [jax.tree.map(lambda leaf, a=a: leaf[a], (rows, x_hat)) for a in range(2)]
-        return sum(pass_loss(model, params, vocabulary, *one, num_targets)[0] for one in passes)
+        one_pass = jax.tree.map(lambda leaf: leaf.reshape(8, *leaf.shape[2:]), (rows, x_hat))
+        return pass_loss(model, params, vocabulary, *one_pass, jnp.sum(~batch.known_mask))[0]
 
-    value, expected = jax.value_and_grad(loss)(state.params)
+    value, expected = loss(state.params, state, batch)
     assert float(got.loss) == pytest.approx(float(value), rel=1e-5)
     expected["log_unigram"] = jnp.zeros(VOCAB)
     for (path, g), e in zip(jax.tree.leaves_with_path(got.params), jax.tree.leaves(expected), strict=True):
@@ -329,9 +361,10 @@ def test_prompts_are_dropped_at_the_stated_rate():
     batch = random_batch(1, 400)
     batch = batch.replace(prompt=batch.prompt.replace(mask=np.ones_like(batch.prompt.mask)))
     keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(400)[None]
+    drawn = jax.jit(draw_rows)
 
     def given(dropout):
-        rows = draw_rows(batch, jnp.zeros((1, 400)), keys, numbers, dropout)
+        rows = drawn(batch, jnp.zeros((1, 400)), keys, numbers, dropout)
         mask = np.asarray(rows.prompt.mask[0])
         assert (mask.all(axis=-1) == mask.any(axis=-1)).all()
         return mask.any(axis=-1)
@@ -342,9 +375,8 @@ def test_prompts_are_dropped_at_the_stated_rate():
     assert abs(given(0.25).mean() - 0.75) < 0.07
 
 
-def test_what_products_read_as_it_is_is_cast_to_the_compute_dtype(config):
-    model = make_model(config, VOCAB, ENCODER)
-    narrow = compute_params(create_state(config, model).params, jnp.bfloat16)
+def test_what_products_read_as_it_is_is_cast_to_the_compute_dtype(new_state):
+    narrow = compute_params(new_state().params, jnp.bfloat16)
     kept = {path[-1].key for path, leaf in jax.tree.leaves_with_path(narrow) if leaf.dtype == jnp.float32}
     vectors = {"known_vector", "null_prompt", "log_unigram", "bias_in", "attention_taps", "mlp_taps"}
     assert kept == {"embedding", "head_table"} | vectors
