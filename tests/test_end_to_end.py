@@ -60,6 +60,8 @@ def train(folder, workdir, *overrides):
         # What is compiled is most of the time here: one row length, and figures and samples of one step.
         "--config.data.num_buckets=1",
         "--config.tokenizer.vocab_size=320",
+        "--config.model.num_layers=2",
+        "--config.model.conv_width=3",
         "--config.model.dropout=0.1",
         "--config.train.batch_size=4",
         "--config.train.accumulate_steps=2",
