@@ -26,7 +26,7 @@ from sunfish_jax.generation.options import (
     read_prompts,
 )
 from sunfish_jax.startup import end_on_interrupt, prepare_process
-from sunfish_jax.workdir.config import expand_home, load_config, unknown_key, validate_config
+from sunfish_jax.workdir.config import load_config, unknown_key, validate_config
 from sunfish_jax.workdir.disk import disk_problem
 
 NO_CONFIG = "--config is missing: name what to train, such as --config=configs/micro.py"
@@ -70,7 +70,6 @@ def train(workdir: Path) -> None:
     if config is None:
         raise UserError(NO_CONFIG)
     validate_config(config, runpy.run_path(str(ROOT / "configs/default.py"))["get_config"]())
-    expand_home(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -162,12 +161,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         if FLAGS.config is not None:
             FLAGS.config.items()  # A file that cannot be read is an error only here.
     except flags.UnrecognizedFlagError as error:
+        mode = FLAGS["mode"].value
         # Overrides become flags only with a --config.
         if not error.flagname.startswith("config."):
             fail(error)
-        if FLAGS["mode"].value == "train":
+        if mode == "train" or mode not in MODES:
             fail(UserError(NO_CONFIG))
-        mode = FLAGS["mode"].value
         fail(UserError(f"--{error.flagname} means nothing with --mode={mode}{SAVED_CONFIG}; leave it out"))
     except (UserError, flags.Error) as error:
         fail(error)

@@ -131,7 +131,7 @@ def get_config() -> ConfigDict:
     logging.wandb = False
 
     config.checkpoint = checkpoint = ConfigDict()
-    # Besides the step of each evaluation.
+    # Besides this, the state of each evaluation is saved.
     checkpoint.every_steps = 1000
     # Newest steps kept, besides the best by held-out loss and every `keep_every_steps`-th.
     checkpoint.keep = 5

@@ -47,6 +47,7 @@ WRONG_ARGUMENTS = [
     (["--mode=smaple"], ["--mode=smaple", "train, sample, infill, eval"]),
     (["--confg=x"], ["confg", "config"]),
     (["--config.model.width=3"], ["--config is missing"]),
+    (["--config.model.width=3", "--mode=smaple"], ["--config is missing"]),
     (["--config.model.width=3", "--mode=eval"], ["--config.model.width means nothing with --mode=eval"]),
     (["--config=nowhere.py"], ["--config=nowhere.py", "no such file"]),
     (["--config=broken.py"], ["broken.py, line 2", "NameError"]),

@@ -3,6 +3,7 @@
 Nothing here holds a whole corpus in memory.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -52,7 +53,7 @@ def open_source(config: ConfigDict, data_dir: Path) -> Source:
         from sunfish_jax.data.tfds_source import TfdsDataset
 
         return TfdsDataset(name.removeprefix("tfds:"), config.text_key, config.prompt_key, data_dir)
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if not path.exists():
         raise UserError(
             f"data.source={name} does not exist: give vital_articles, a .txt, .jsonl or .csv file, "

@@ -1,6 +1,7 @@
 """Text to tokens: a byte-level BPE trained on the corpus, or any saved `transformers` tokenizer."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
     One without a padding token, such as GPT-2's, gets `<pad>` as its last token; end-of-text has to exist.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_dir():
         raise UserError(f"tokenizer.path={path} is not a folder: give one with a saved tokenizer in it")
     try:

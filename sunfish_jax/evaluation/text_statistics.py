@@ -13,14 +13,15 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
 WORD = re.compile(r"\w+")
 
-# Characters of texts hashed together while the index is made: only so long are their words held as Python strings.
-_CHARACTERS_AT_ONCE = 2**21
+# Texts hashed together while the index is made: their words are held as Python strings only that long. Few, since a
+# text of a .txt file has up to a million characters.
+_TEXTS_AT_ONCE = 16
 # The base of the rolling hash: odd, and with b - 1 and b + 1 divisible by few 2s, so that words which change
 # places change all but the last bits of the sum.
 _BASE = np.uint64(0x9E3779B97F4A7C17)
@@ -101,7 +102,7 @@ class NgramIndex:
             sizes: The n to be asked for.
         """
         parts: dict[int, list[np.ndarray]] = {size: [np.zeros(0, np.uint64)] for size in sizes}
-        for batch in _batched(texts):
+        for batch in itertools.batched(texts, _TEXTS_AT_ONCE):
             hashed = _hashed_words(batch)
             for size in sizes:
                 parts[size].append(np.unique(_ngram_hashes(*hashed, size)))
@@ -124,19 +125,6 @@ class NgramIndex:
             found = known[np.minimum(places, len(known) - 1)] == wanted if len(known) else np.zeros(len(wanted))
             shares[size] = float(found.mean()) if len(wanted) else math.nan
         return shares
-
-
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts that have `_CHARACTERS_AT_ONCE` together, by the last of them."""
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _CHARACTERS_AT_ONCE:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _hashed_words(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from sunfish_jax.generation.generator import Constraint, generate, take_rows, te
 from sunfish_jax.generation.options import InfillOptions, Settings
 from sunfish_jax.generation.output import StepCounter, jsonl_writer, provenance
 from sunfish_jax.models.prompt import round_up
-from sunfish_jax.models.prompt_encoder import encode_prompts
+from sunfish_jax.models.prompt_encoder import encode_prompts, say_what_is_unread
 from sunfish_jax.workdir.run import load_run
 
 
@@ -36,6 +36,7 @@ def run(workdir: Path, options: InfillOptions) -> None:
         counter = StepCounter.on_terminal()
         origin = provenance(run, options, settings) | {"template": options.text, "seq_len": options.seq_len}
         indices = np.arange(options.num_samples)
+        say_what_is_unread(run.prompt_encoder, options.prompts)
         for prompt in options.prompts or (None,):
             encoded = encode_prompts(run.prompt_encoder, [prompt])
             # Training rows have lengths in steps of 16, with little padding after the end of text.

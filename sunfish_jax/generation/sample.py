@@ -11,7 +11,7 @@ from sunfish_jax.generation.generator import generate, sample_keys, take_rows, t
 from sunfish_jax.generation.options import SampleOptions, Settings
 from sunfish_jax.generation.output import StepCounter, decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.models.prompt_encoder import encode_prompts
+from sunfish_jax.models.prompt_encoder import encode_prompts, say_what_is_unread
 from sunfish_jax.workdir.run import load_run
 
 
@@ -29,6 +29,7 @@ def run(workdir: Path, options: SampleOptions) -> None:
         options.check_length(run.config.model.block_size)
         seq_len = options.seq_len or run.config.model.block_size
         settings = Settings.make(run.config.sampling, options)
+        say_what_is_unread(run.prompt_encoder, options.prompts)
         distinct = options.prompts or (None,)
         rows = np.repeat(np.arange(len(distinct)), options.num_samples)
         indices = np.tile(np.arange(options.num_samples), len(distinct))

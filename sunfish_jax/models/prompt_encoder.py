@@ -1,6 +1,7 @@
 """Prompt encoders: from a prompt's text to what the denoiser attends to."""
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class PromptEncoder:
 
 
 def encode_prompts(encoder: PromptEncoder, prompts: Sequence[str | None]) -> Prompt:
-    """Encodes prompts given by a person, and says on stderr which of them are read in part.
+    """Encodes prompts given by a person.
 
     Args:
         encoder: As `make_prompt_encoder` makes it.
@@ -93,11 +94,16 @@ def encode_prompts(encoder: PromptEncoder, prompts: Sequence[str | None]) -> Pro
     for prompt in prompts:
         if prompt is not None and not prompt.strip():
             raise UserError(f"the prompt {prompt!r} is empty: give some text, or no prompt at all")
-        if prompt is not None and (rest := encoder.unread(prompt)):
-            print(f"the last {rest} tokens of the prompt {prompt[:20]!r}... are not read", file=sys.stderr)
     tokens, mask = encoder.tokenize([prompt or "" for prompt in prompts])
     mask &= np.array([prompt is not None for prompt in prompts], bool)[:, None]
     return Prompt(inputs=encoder.encode(tokens, mask) if encoder.frozen else tokens, mask=mask)
+
+
+def say_what_is_unread(encoder: PromptEncoder, prompts: Sequence[str]) -> None:
+    """Says on stderr which of the prompts are read in part."""
+    for prompt in prompts:
+        if rest := encoder.unread(prompt):
+            print(f"the last {rest} tokens of the prompt {prompt[:20]!r}... are not read", file=sys.stderr)
 
 
 def make_prompt_encoder(config: ConfigDict, tokenizer: "PreTrainedTokenizerFast | None" = None) -> PromptEncoder:
@@ -133,7 +139,7 @@ def _make_minilm(config: ConfigDict, _) -> PromptEncoder:
 
 
 def _make_gpt2(config: ConfigDict, _) -> PromptEncoder:
-    folder = Path(config.path)
+    folder = Path(os.path.expanduser(config.path))
     needed = ("model.safetensors", "tokenizer.json")
     missing = [name for name in needed if not config.path or not (folder / name).is_file()]
     if missing:

@@ -1,5 +1,6 @@
 """Starting a new run from another run's weights: `train.init_from`."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -29,8 +30,8 @@ def split_init_from(value: str) -> tuple[Path, str]:
     """`WORKDIR` or `WORKDIR@STEP` as the folder and the checkpoint: `latest`, `best` or a number."""
     folder, _, checkpoint = value.rpartition("@")
     if folder and (checkpoint.isdecimal() or checkpoint in ("latest", "best")):
-        return Path(folder), checkpoint
-    return Path(value), "latest"
+        return Path(os.path.expanduser(folder)), checkpoint
+    return Path(os.path.expanduser(value)), "latest"
 
 
 def init_tokenizer(config: ConfigDict) -> Path:

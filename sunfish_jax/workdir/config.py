@@ -3,7 +3,6 @@
 import difflib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,13 +77,6 @@ def validate_config(config: ConfigDict, reference: ConfigDict) -> None:
         _check_type(key, values[key], default)
         _check_range(key, values[key])
     _check_relations(config)
-
-
-def expand_home(config: ConfigDict) -> None:
-    """Writes out the `~` of paths, in place: a shell leaves that of `--config.data.source=~/text.txt` alone."""
-    for key in (*_PATH_KEYS, "train.init_from"):
-        group, _, last = key.partition(".")
-        config[group][last] = os.path.expanduser(config[group][last])
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:

@@ -221,6 +221,12 @@ def test_prompts_under_a_name_that_was_given_must_be_there(tmp_path, name):
         source_of(path, prompt_key="titel")
 
 
+def test_the_home_folder_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("Some text. " * 1000)
+    assert source_of("~/text.txt", tmp_path).identity == source_of(tmp_path / "text.txt").identity
+
+
 def test_missing_file_and_folder_without_text(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         source_of(tmp_path / "missing.txt")

@@ -1,5 +1,22 @@
+from types import SimpleNamespace
+
+import pytest
+from ml_collections import ConfigDict
+
 from sunfish_jax.diffusion.process import HELD_OUT_SNRS
-from sunfish_jax.evaluation.run import grid_table
+from sunfish_jax.errors import UserError
+from sunfish_jax.evaluation.run import grid_table, source_of
+
+
+def test_corpus_that_is_gone_or_changed_is_not_evaluated_on(tmp_path):
+    path = tmp_path / "text.txt"
+    config = ConfigDict({"data": {"source": str(path), "text_key": "text", "prompt_key": "prompt"}})
+    run = SimpleNamespace(config=config, workdir=tmp_path, data_identity="of other text")
+    with pytest.raises(UserError, match=r"does not exist.*where it was moved"):
+        source_of(run)
+    path.write_text("Some text. " * 1000)
+    with pytest.raises(UserError, match="put back what was there"):
+        source_of(run)
 
 
 def test_table_has_a_line_for_each_level():

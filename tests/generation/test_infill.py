@@ -20,7 +20,7 @@ def load(monkeypatch):
         workdir="workdir",
         config=config,
         tokenizer=TOKENIZER,
-        prompt_encoder=SimpleNamespace(identity="none"),
+        prompt_encoder=SimpleNamespace(identity="none", unread=lambda prompt: 0),
         model=MODEL,
         params=PARAMS,
         schedule=SCHEDULE,

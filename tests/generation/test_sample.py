@@ -22,7 +22,7 @@ def load(monkeypatch):
         workdir="workdir",
         config=ConfigDict({"model": {"block_size": 16}, "sampling": vars(SETTINGS)}),
         tokenizer=TOKENIZER,
-        prompt_encoder=SimpleNamespace(identity="none"),
+        prompt_encoder=SimpleNamespace(identity="none", unread=lambda prompt: 0),
         model=MODEL,
         params=PARAMS,
         schedule=SCHEDULE,

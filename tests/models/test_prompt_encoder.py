@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sunfish_jax.errors import UserError
-from sunfish_jax.models.prompt_encoder import encode_prompts, make_prompt_encoder
+from sunfish_jax.models.prompt_encoder import encode_prompts, make_prompt_encoder, say_what_is_unread
 
 EMOJI = "🐕🦴👍🏽👩‍👩‍👧"
 
@@ -58,7 +58,7 @@ def test_what_is_not_read_of_a_prompt_is_said(minilm, capsys):
     # Of 40 tokens MiniLM's own marks take two.
     for words, unread in ((1, 0), (38, 0), (39, 1), (100, 62)):
         assert minilm.unread("dog " * words) == unread
-    encode_prompts(minilm, ["dog " * 41, "dog", None])
+    say_what_is_unread(minilm, ["dog " * 41, "dog"])
     assert capsys.readouterr().err == "the last 3 tokens of the prompt 'dog dog dog dog dog '... are not read\n"
 
 

@@ -29,9 +29,12 @@ def saved(tmp_path):
         ("runs/first@best", "runs/first", "best"),
         ("runs@home/first", "runs@home/first", "latest"),
         ("runs@home@20", "runs@home", "20"),
+        ("~/runs@20", "/home/me/runs", "20"),
+        ("~/runs", "/home/me/runs", "latest"),
     ],
 )
-def test_split_init_from(value, folder, checkpoint):
+def test_split_init_from(value, folder, checkpoint, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     assert split_init_from(value) == (Path(folder), checkpoint)
 
 

@@ -16,6 +16,7 @@ from sunfish_jax.training import preparation
 from sunfish_jax.training.preparation import begin_workdir, prepare_run
 from sunfish_jax.workdir.config import load_config
 from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER
+from sunfish_jax.workdir.writers import WANDB_RUN_FILE
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,10 @@ def test_config_of_a_run_that_saved_nothing_is_replaced(config, prepared, tmp_pa
     begin_workdir(tmp_path, config, prepared)
     other = config.copy_and_resolve_references()
     other.model.width = 128
+    (tmp_path / WANDB_RUN_FILE).write_text("of the run before")
     begin_workdir(tmp_path, other, prepared)
     assert load_config(tmp_path).model.width == 128
+    assert not (tmp_path / WANDB_RUN_FILE).exists()
 
 
 def test_token_counts_are_those_of_the_training_text(prepared):

@@ -9,7 +9,6 @@ from sunfish_jax.errors import UserError
 from sunfish_jax.workdir.config import (
     changed_keys,
     check_resumable,
-    expand_home,
     load_config,
     record_config,
     unknown_key,
@@ -158,15 +157,6 @@ def test_the_rest_may_change(key):
 @pytest.mark.parametrize("key", ["data.source", "tokenizer.path", "prompt_encoder.path"])
 def test_what_a_run_reads_may_be_moved(key):
     check_resumable(get_config("nano"), with_value("nano", key, "elsewhere"))
-
-
-def test_the_home_folder_is_written_out(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    config = with_value("nano", "data.source", "~/text.txt")
-    expand_home(config)
-    assert config.data.source == "/home/me/text.txt" and config.tokenizer.path == ""
-    expand_home(get_config("nano"))
-    assert get_config("nano").data.source == "vital_articles"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"a"'])
