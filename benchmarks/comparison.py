@@ -1,11 +1,13 @@
 """The measurement behind train_step.py."""
 
+import contextlib
 import dataclasses
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,7 @@ from sunfish_jax.data.batches import Batch
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser
+from sunfish_jax.ops.awake import awake_cores
 from sunfish_jax.training.preparation import Prepared, prepare_run
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
@@ -49,8 +52,15 @@ class JaxSteps:
       state: what the next step starts from.
     """
 
-    def __init__(self, compile_step: Callable[[Any, Batch], Callable[[Any, Batch], tuple[Any, Any]]], state: Any):
+    def __init__(
+        self,
+        compile_step: Callable[[Any, Batch], Callable[[Any, Batch], tuple[Any, Any]]],
+        state: Any,
+        surroundings: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ):
+        """Steps from `state`; `surroundings` is what training takes them in."""
         self.state = state
+        self._surroundings = surroundings
         self._compile = compile_step
         self._compiled: dict[tuple[int, ...], Callable] = {}
 
@@ -63,9 +73,10 @@ class JaxSteps:
                 jax.clear_caches()
             self._compiled[shape] = self._compile(self.state, batch)
             self.seconds(batch)
-        start = time.perf_counter()
-        self.state, figures = jax.block_until_ready(self._compiled[shape](self.state, batch))
-        seconds = time.perf_counter() - start
+        with self._surroundings():
+            start = time.perf_counter()
+            self.state, figures = jax.block_until_ready(self._compiled[shape](self.state, batch))
+            seconds = time.perf_counter() - start
         if not all(np.isfinite(figure).all() for figure in jax.tree.leaves(figures)):
             raise AssertionError("the loss is not finite: what these steps do is no training")
         return seconds
@@ -178,7 +189,7 @@ def run(
     schedule = jax.tree.map(jnp.copy, state.schedule)
     plain_state = make_plain_state(config, plain_params(state.params), mesh)
     plain = faster_plain(config, model, mesh, schedule, plain_state, short_mix, repeats)
-    ours = Course.of(JaxSteps(make_train_step(config, model, mesh).compile, state), mix)
+    ours = Course.of(our_steps(config, model, mesh, state), mix)
     short = ours if fewer == config.train.accumulate_steps else Course.of(ours.contender, short_mix)
     in_torch = None if torch is None else prepare_torch(torch, config, prepared, mesh, schedule, ours, repeats)
     measured = Measured(ours, short, Course.of(plain, short_mix), in_torch)
@@ -193,6 +204,11 @@ def make_state(config: ConfigDict, prepared: Prepared, mesh: Mesh) -> TrainState
         return create_state(config, prepared.model, prepared.token_counts())
 
     return jax.jit(create, out_shardings=state_shardings(jax.eval_shape(create), mesh))()
+
+
+def our_steps(config: ConfigDict, model: TextDenoiser, mesh: Mesh, state: TrainState) -> JaxSteps:
+    """Our training steps from a state, on cores as awake as in training."""
+    return JaxSteps(make_train_step(config, model, mesh).compile, state, awake_cores)
 
 
 def check_same_function(model: TextDenoiser, params: Mapping[str, Any], torch: TorchProcess | None) -> None:
@@ -269,7 +285,7 @@ def prepare_torch(
     if config.optimizer.name != "adamw":
         adamw = config.copy_and_resolve_references()
         adamw.optimizer.name = "adamw"
-        steps = JaxSteps(make_train_step(adamw, prepared.model, mesh).compile, make_state(adamw, prepared, mesh))
+        steps = our_steps(adamw, prepared.model, mesh, make_state(adamw, prepared, mesh))
         ours_adamw = Course.of(steps, ours.mix)
     lengths = np.minimum(prepared.splits["train"].lengths, first.block_size)
     return TorchCourses(

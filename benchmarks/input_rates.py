@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from comparison import Course, JaxSteps, make_state, real_tokens
+from comparison import Course, make_state, our_steps, real_tokens
 from epoch_mix import typical_batches
 from ml_collections import ConfigDict
 
@@ -14,7 +14,6 @@ from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.data.tokens import prepare
 from sunfish_jax.training.preparation import Prepared, prepare_run
 from sunfish_jax.training.sharding import make_mesh
-from sunfish_jax.training.step import make_train_step
 from sunfish_jax.workdir.run import DATA_FOLDER, TOKENIZER_FOLDER
 
 
@@ -67,7 +66,7 @@ def prepare_corpus(config: ConfigDict, workdir: Path) -> dict[str, float]:
 def training_rate(config: ConfigDict, prepared: Prepared, repeats: int) -> float:
     """Real tokens a second of training steps, in the mix of an epoch."""
     mesh = make_mesh(config.train.num_devices)
-    steps = JaxSteps(make_train_step(config, prepared.model, mesh).compile, make_state(config, prepared, mesh))
+    steps = our_steps(config, prepared.model, mesh, make_state(config, prepared, mesh))
     course = Course.of(steps, typical_batches(config, prepared))
     for index in range(len(course.mix)):
         for _ in range(repeats):

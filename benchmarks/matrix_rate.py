@@ -7,6 +7,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from sunfish_jax.ops.awake import awake_cores
+
 # [m, k] @ [k, n]: the products of a transformer of width 512, and larger ones.
 _SHAPES = ((1024, 512, 2048), (2048, 512, 2048), (4096, 512, 2048), (2048, 2048, 2048), (1024, 4096, 4096))
 _SECONDS_A_SHAPE = 0.3
@@ -38,16 +40,20 @@ class MatrixRate:
         return self._rate(self.shape)
 
     def measure(self) -> None:
-        """Times every shape for a moment."""
+        """Times every shape for a moment, on cores as awake as in training."""
+        with awake_cores():
+            for shape in _SHAPES:
+                self._measure(*shape)
+
+    def _measure(self, m: int, k: int, n: int) -> None:
         key = jax.random.key(0)
-        for m, k, n in _SHAPES:
-            # Random numbers: constant ones take less power, and let some processors run faster.
-            left, right = (jax.random.normal(key, shape, self.dtype) for shape in ((m, k), (k, n)))
+        # Random numbers: constant ones take less power, and let some processors run faster.
+        left, right = (jax.random.normal(key, shape, self.dtype) for shape in ((m, k), (k, n)))
+        self._product(left, right).block_until_ready()
+        end = time.perf_counter() + _SECONDS_A_SHAPE
+        while (start := time.perf_counter()) < end:
             self._product(left, right).block_until_ready()
-            end = time.perf_counter() + _SECONDS_A_SHAPE
-            while (start := time.perf_counter()) < end:
-                self._product(left, right).block_until_ready()
-                self._seconds[m, k, n].append(time.perf_counter() - start)
+            self._seconds[m, k, n].append(time.perf_counter() - start)
 
     def _rate(self, shape: tuple[int, int, int]) -> float:
         m, k, n = shape

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from sunfish_jax.data.batches import Batch, batch_iterator
 from sunfish_jax.errors import UserError
 from sunfish_jax.ops.allocator import give_back_freed_memory
+from sunfish_jax.ops.awake import awake_cores
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.init_from import init_state, init_tokenizer
 from sunfish_jax.training.interrupt import StopRequest
@@ -73,6 +74,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     batches = batch_iterator(source, first_step or 0, config.train.num_steps)
     with (
         _writing_to(workdir),
+        awake_cores(),
         Checkpoints(workdir, config.checkpoint) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
