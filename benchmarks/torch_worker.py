@@ -95,7 +95,7 @@ class Worker:
         """Times an optimiser step of the twin, which is warm."""
         rows = self._batches[batch]
         if batch not in self._taken:
-            choice = Choice(lambda variant: self._trainer.step(rows, variant), repeats=1)
+            choice = Choice(lambda variant: self._trainer.step(rows, variant), repeats=3)
             choice.among(self._finalists)
             self._taken[batch] = choice.best
         start = time.perf_counter()
