@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,7 +55,7 @@ class JaxSteps:
         self,
         compile_step: Callable[[Any, Batch], Callable[[Any, Batch], tuple[Any, Any]]],
         state: Any,
-        surroundings: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        surroundings: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         """Steps from `state`; `surroundings` is what training takes them in."""
         self.state = state
