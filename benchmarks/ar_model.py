@@ -15,6 +15,7 @@ from sunfish_jax.models.layers import TransformerLayer, kernel_init, rms_norm
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.cross_entropy import cross_entropy, token_logits
 from sunfish_jax.ops.dropout import dropout
+from sunfish_jax.ops.rows import EqualRows, PackedRows
 
 
 class CausalTransformer(nn.Module):
@@ -64,25 +65,33 @@ class CausalTransformer(nn.Module):
         """What goes into the first layer: [...] int32 -> [..., W] float32."""
         return rms_norm(self.embedding[tokens])
 
-    def hidden(self, tokens: jax.Array, prompt: PromptKeysValues, row_seeds: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self,
+        tokens: jax.Array,
+        prompt: PromptKeysValues,
+        packed: PackedRows | None = None,
+        dropout_seeds: jax.Array | None = None,
+    ) -> jax.Array:
         """The last norm's output at every position, which has read only the tokens before it.
 
         Args:
-          tokens: [B, S] int32.
-          prompt: keys and values from `encode_prompt`.
-          row_seeds: [B] uint32 for dropout; None for none.
+          tokens: [B, S] int32; or [G, M] in G packs of rows.
+          prompt: keys and values from `encode_prompt`, for each row.
+          packed: where the rows lie among the G M positions; None for rows of S.
+          dropout_seeds: [B] or [G] uint32; None for no dropout.
 
         Returns:
-          [B * S, W] float32.
+          [B * S, W] or [G * M, W] float32.
         """
-        first = jnp.full_like(tokens[:, :1], self.start_token)
-        x = self.embed(jnp.concatenate([first, tokens[:, :-1]], axis=1))
+        rows = EqualRows(*tokens.shape) if packed is None else packed
+        is_first = rows.reach()[0] == 0
+        x = self.embed(jnp.where(is_first, self.start_token, jnp.roll(tokens.ravel(), 1)))
         # The layers use three sites each, from 0.
-        x = dropout(x, row_seeds, 3 * self.num_layers, self.dropout)
+        x = dropout(x, dropout_seeds, 3 * self.num_layers, self.dropout)
         for index, layer in enumerate(self.layers):
             scales = self.norm_scales[3 * index : 3 * index + 3]
-            x = layer(x, scales, [prompt.layer(index)], row_seeds)
-        return rms_norm(x, self.norm_scales[-1]).reshape(-1, self.width)
+            x = layer(x, rows, scales, [prompt.layer(index)], dropout_seeds)
+        return rms_norm(x, self.norm_scales[-1])
 
     def logits(self, tokens: jax.Array, prompt: PromptKeysValues) -> jax.Array:
         """Logits of each token given those before it, [B, S, V] float32; arguments as for `hidden`."""
@@ -92,9 +101,9 @@ class CausalTransformer(nn.Module):
         """The last norm's output [N, W] to logits [N, V] float32."""
         return token_logits(h, self.head_table.astype(self.dtype).T, self.log_unigram)
 
-    def cross_entropy(self, tokens, prompt: PromptKeysValues, row_seeds=None) -> jax.Array:
+    def cross_entropy(self, tokens: jax.Array, prompt: PromptKeysValues, **packing) -> jax.Array:
         """-log p(token | the tokens before it, prompt) in nats, [B, S] float32; arguments as for `hidden`."""
-        h, table = self.hidden(tokens, prompt, row_seeds), self.head_table.astype(self.dtype).T
+        h, table = self.hidden(tokens, prompt, **packing), self.head_table.astype(self.dtype).T
         return cross_entropy(h, table, self.log_unigram, tokens.reshape(-1)).reshape(tokens.shape)
 
     def __call__(self, tokens: jax.Array, prompt: Prompt) -> jax.Array:

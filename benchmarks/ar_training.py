@@ -20,12 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch, batch_iterator
+from sunfish_jax.data.batches import PackedBatch, batch_iterator
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.models.denoiser import compute_params
 from sunfish_jax.ops.awake import awake_cores
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
+from sunfish_jax.ops.rows import PackedRows
 from sunfish_jax.training.interrupt import StopRequest
 from sunfish_jax.training.loop import CompiledStep
 from sunfish_jax.training.preparation import Prepared, begin_workdir, prepare_run
@@ -154,14 +155,13 @@ def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> 
     """
     optimizer = make_full_rate_optimizer(config.optimizer, model)
 
-    def batch_gradients(state: TwinState, batch: Batch):
+    def batch_gradients(state: TwinState, batch: PackedBatch):
         dropout_key, prompt_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        shape = batch.tokens.shape[:2]
-        row_seeds = jax.random.bits(dropout_key, shape)
-        prompted = jax.random.uniform(prompt_key, shape) >= config.diffusion.conditioning_dropout
+        dropout_seeds = jax.random.bits(dropout_key, batch.tokens.shape[:2])
+        prompted = jax.random.uniform(prompt_key, batch.lengths.shape) >= config.diffusion.conditioning_dropout
         batch = batch.replace(prompt=batch.prompt.replace(mask=batch.prompt.mask & prompted[..., None]))
         num_targets = jnp.sum(batch.padding_mask).astype(jnp.float32)
-        grads, nats = summed_gradients(compute_params(state.params, model.dtype), batch, row_seeds, num_targets)
+        grads, nats = summed_gradients(compute_params(state.params, model.dtype), batch, dropout_seeds, num_targets)
         return grads, nats.sum() / num_targets
 
     def update(state: TwinState, gradients) -> tuple[TwinState, dict[str, jax.Array]]:
@@ -175,14 +175,17 @@ def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> 
         next_state = state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
         return next_state, metrics
 
-    def microbatch_loss(params, rows: Batch, row_seeds, num_targets):
+    def microbatch_loss(params, packs: PackedBatch, dropout_seeds, num_targets):
         variables = {"params": params}
-        keys_values = model.apply(variables, rows.prompt, method="encode_prompt")
-        losses = model.apply(variables, rows.tokens, keys_values, row_seeds, method="cross_entropy")
-        nats = jnp.sum(losses * rows.padding_mask)
+        prompts = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), packs.prompt)
+        keys_values = model.apply(variables, prompts, method="encode_prompt")
+        rows = PackedRows.in_packs(packs.lengths, packs.tokens.shape[-1], packs.longest)
+        packing = {"packed": rows, "dropout_seeds": dropout_seeds}
+        losses = model.apply(variables, packs.tokens, keys_values, **packing, method="cross_entropy")
+        nats = jnp.sum(losses * packs.padding_mask)
         return nats / num_targets, nats
 
-    def device_gradients(params, batch: Batch, row_seeds, num_targets):
+    def device_gradients(params, batch: PackedBatch, dropout_seeds, num_targets):
         """Gradients of the mean loss, and the nats of each of this device's microbatches."""
 
         def accumulate(total, microbatch):
@@ -190,12 +193,12 @@ def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> 
             return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), nats
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        grads, nats = jax.lax.scan(accumulate, zeros, (batch, row_seeds))
+        grads, nats = jax.lax.scan(accumulate, zeros, (batch, dropout_seeds))
         return jax.lax.psum(grads, DATA_AXIS), jax.lax.psum(nats, DATA_AXIS)
 
-    rows = P(None, DATA_AXIS)
+    packs = P(None, DATA_AXIS)
     summed_gradients = jax.shard_map(
-        device_gradients, mesh=mesh, in_specs=(P(), rows, rows, P()), out_specs=(P(), P()), check_vma=False
+        device_gradients, mesh=mesh, in_specs=(P(), packs, packs, P()), out_specs=(P(), P()), check_vma=False
     )
     no_counts = np.zeros(model.vocab_size)
     shardings = state_shardings(jax.eval_shape(lambda: create_twin_state(config, model, no_counts)), mesh)
@@ -343,7 +346,7 @@ class TwinLoop:
         """Whether the budget is spent."""
         return self.budget.spent(self.progress) >= 1.0
 
-    def run(self, state: TwinState, step: CompiledStep, batches: Iterator[Batch]) -> TwinState:
+    def run(self, state: TwinState, step: CompiledStep, batches: Iterator[PackedBatch]) -> TwinState:
         """Trains until the budget is spent, or until a stop is asked for; either way the state is saved.
 
         Raises:

@@ -19,11 +19,13 @@ from flops import useful_flops
 from jax.sharding import Mesh
 from matrix_rate import MatrixRate
 from ml_collections import ConfigDict
+from padded_mix import TypicalPadded, padded_batches
 from plain_flax import PlainState, make_plain, make_plain_state, make_plain_step, plain_params
 from torch_peers import FirstSunFishSteps, TwinSteps, make_twin, number_formats
 from torch_process import TorchProcess
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.batches import PackedBatch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser
@@ -33,19 +35,22 @@ from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
 from sunfish_jax.training.step import make_train_step
 
+AnyBatch = PackedBatch | PaddedBatch
+AnyTypical = Typical | TypicalPadded
+
 
 class Contender(Protocol):
     """What takes optimiser steps."""
 
-    def seconds(self, batch: Batch) -> float:
+    def seconds(self, batch: AnyBatch) -> float:
         """Takes one, from a batch in the host's memory to the new state computed; the first ones are warm-up."""
 
 
 class JaxSteps:
-    """A training step, compiled for each shape of batch of the row length at hand.
+    """A training step, compiled for the shape of batch at hand, in any number of passes.
 
     A process has a limited number of memory maps (65,530 on Linux, as it comes), and XLA:CPU makes three for each
-    kernel of a program: the steps of all contenders at all row lengths do not fit into it together.
+    kernel of a program: the steps of all contenders for all shapes do not fit into it together.
 
     Attributes:
       state: what the next step starts from.
@@ -53,7 +58,7 @@ class JaxSteps:
 
     def __init__(
         self,
-        compile_step: Callable[[Any, Batch], Callable[[Any, Batch], tuple[Any, Any]]],
+        compile_step: Callable[[Any, AnyBatch], Callable[[Any, AnyBatch], tuple[Any, Any]]],
         state: Any,
         surroundings: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
@@ -63,10 +68,11 @@ class JaxSteps:
         self._compile = compile_step
         self._compiled: dict[tuple[int, ...], Callable] = {}
 
-    def seconds(self, batch: Batch) -> float:
+    def seconds(self, batch: AnyBatch) -> float:
         shape = batch.tokens.shape
         if shape not in self._compiled:
-            if any(other[-1] != shape[-1] for other in self._compiled):
+            # Shapes of one length may differ in their number of passes.
+            if any(other[1:] != shape[1:] for other in self._compiled):
                 self._compiled = {}
                 # JAX keeps a program of its own accord too.
                 jax.clear_caches()
@@ -87,20 +93,20 @@ class Course:
 
     Attributes:
       contender: whose steps they are.
-      mix: one batch of each row length.
+      mix: one batch of each shape.
       times: for each of them, the seconds of each repeat.
     """
 
     contender: Contender
-    mix: list[Typical]
+    mix: list[AnyTypical]
     times: list[list[float]]
 
     @classmethod
-    def of(cls, contender: Contender, mix: list[Typical]) -> "Course":
+    def of(cls, contender: Contender, mix: list[AnyTypical]) -> "Course":
         return cls(contender, mix, [[] for _ in mix])
 
     def repeat(self, index: int) -> None:
-        """Times another step at one of the row lengths, as in training after one of the same contender's.
+        """Times another step of one of the shapes, as in training after one of the same contender's.
 
         The first after the others' turns is slower: memory that was freed went back to the system meanwhile.
         """
@@ -109,11 +115,11 @@ class Course:
         self.times[index].append(self.contender.seconds(batch))
 
     def seconds(self, index: int) -> float:
-        """The median at one of the row lengths."""
+        """The median of one of the shapes."""
         return statistics.median(self.times[index])
 
-    def per_second(self, amount: Callable[[Batch], float]) -> float:
-        """What is done of something in a second, with the lengths in proportion to an epoch's steps."""
+    def per_second(self, amount: Callable[[AnyBatch], float]) -> float:
+        """What is done of something in a second, with the shapes in proportion to an epoch's steps."""
         done = sum(typical.share * amount(typical.batch) for typical in self.mix)
         return done / sum(typical.share * self.seconds(index) for index, typical in enumerate(self.mix))
 
@@ -124,7 +130,7 @@ class TorchCourses:
 
     Attributes:
       ours: our steps with AdamW; the configuration's own where that is AdamW.
-      twin: the twin's, of the same batches.
+      twin: the twin's, of padded rows.
       first: the first SunFish.
       first_times: the seconds of its steps.
       filled: the share of its positions that this corpus would fill.
@@ -144,7 +150,7 @@ class Measured:
     Attributes:
       ours: our steps, as configured.
       ours_short: in as many forward passes as the plain network's.
-      plain: those of the plain network.
+      plain: those of the plain network, of padded rows.
       torch: what is timed beside PyTorch.
     """
 
@@ -160,6 +166,7 @@ def run(
     workdir: Path,
     repeats: int,
     plain_accumulate_steps: int,
+    num_lengths: int,
     torch: TorchProcess | None,
 ) -> None:
     """Measures and prints; the arguments are those of train_step.py, `torch` a process to compare with or None.
@@ -181,17 +188,19 @@ def run(
     rate = MatrixRate(model.dtype)
     rate.measure()
 
-    mix = typical_batches(config, prepared)
+    mix, padded = typical_batches(config, prepared), padded_batches(config, prepared, num_lengths)
     fewer = min(plain_accumulate_steps, config.train.accumulate_steps)
-    short_mix = shortened(mix, fewer)
+    short_mix, short_padded = shortened(mix, fewer), shortened(padded, fewer)
     # Copied before our first step gives up the buffers.
     schedule = jax.tree.map(jnp.copy, state.schedule)
     plain_state = make_plain_state(config, plain_params(state.params), mesh)
-    plain = faster_plain(config, model, mesh, schedule, plain_state, short_mix, repeats)
+    plain = faster_plain(config, model, mesh, schedule, plain_state, short_padded, repeats)
     ours = Course.of(our_steps(config, model, mesh, state), mix)
     short = ours if fewer == config.train.accumulate_steps else Course.of(ours.contender, short_mix)
-    in_torch = None if torch is None else prepare_torch(torch, config, prepared, mesh, schedule, ours, repeats)
-    measured = Measured(ours, short, Course.of(plain, short_mix), in_torch)
+    in_torch = None
+    if torch is not None:
+        in_torch = prepare_torch(torch, config, prepared, mesh, schedule, ours, padded, repeats)
+    measured = Measured(ours, short, Course.of(plain, short_padded), in_torch)
     measure(measured, repeats, rate)
     report(name, config, model, rate, measured)
 
@@ -221,7 +230,7 @@ def check_same_function(model: TextDenoiser, params: Mapping[str, Any], torch: T
             check_same("the PyTorch twin", ours, twin_logits(torch, inputs, "float32", fused_attention))
 
 
-def shortened(mix: list[Typical], passes: int) -> list[Typical]:
+def shortened(mix: list[AnyTypical], passes: int) -> list[AnyTypical]:
     """The batches with their first forward passes only."""
     return [
         dataclasses.replace(typical, batch=jax.tree.map(lambda leaf: leaf[:passes], typical.batch))
@@ -229,8 +238,8 @@ def shortened(mix: list[Typical], passes: int) -> list[Typical]:
     ]
 
 
-def most_frequent(mix: list[Typical]) -> Batch:
-    """The batch of the row length that most steps have."""
+def most_frequent(mix: list[AnyTypical]) -> AnyBatch:
+    """The batch of the shape that most steps have."""
     return max(mix, key=lambda typical: typical.share).batch
 
 
@@ -245,7 +254,7 @@ def faster_plain(
     mesh: Mesh,
     schedule: Schedule,
     state: PlainState,
-    mix: list[Typical],
+    mix: list[AnyTypical],
     repeats: int,
 ) -> JaxSteps:
     """The plain step in float32 or bfloat16, whichever is faster at the row length of most steps."""
@@ -272,12 +281,13 @@ def prepare_torch(
     mesh: Mesh,
     schedule: Schedule,
     ours: Course,
+    padded: list[TypicalPadded],
     repeats: int,
 ) -> TorchCourses:
     """The PyTorch peers, ready to be timed, and our steps with the twin's optimiser; `ours` are as configured."""
     make_twin(torch, prepared.model, ours.contender.state.params)
     twin = TwinSteps(torch, config, schedule)
-    twin.choose(most_frequent(ours.mix), number_formats(prepared.model), repeats)
+    twin.choose(most_frequent(padded), number_formats(prepared.model), repeats)
     first = FirstSunFishSteps(torch)
     print(f"the first SunFish: {first.parameters:,} parameters, {first.positions:,} positions a step", flush=True)
     ours_adamw = ours
@@ -289,7 +299,7 @@ def prepare_torch(
     lengths = np.minimum(prepared.splits["train"].lengths, first.block_size)
     return TorchCourses(
         ours=ours_adamw,
-        twin=Course.of(twin, ours.mix),
+        twin=Course.of(twin, padded),
         first=first,
         first_times=[],
         filled=float(lengths.mean()) / first.block_size,
@@ -297,34 +307,40 @@ def prepare_torch(
 
 
 def measure(measured: Measured, repeats: int, rate: MatrixRate) -> None:
-    """Times everything in turn, the machine's products in between."""
+    """Times everything in turn, the machine's products in between.
+
+    Ours and theirs have shapes of their own: the first of ours and the first of theirs are timed in turn, then the
+    second ones, and so on.
+    """
     courses = [measured.ours, measured.ours_short, measured.plain]
     if measured.torch is not None:
         courses += [measured.torch.ours, measured.torch.twin]
     # Some may be the same one.
     courses = list({id(course): course for course in courses}.values())
     print("timing rows of", end="", flush=True)
-    for index, typical in enumerate(measured.ours.mix):
-        print(f" {typical.length}", end="", flush=True)
+    for index in range(max(len(course.mix) for course in courses)):
+        at_hand = [course for course in courses if index < len(course.mix)]
+        lengths = sorted({course.mix[index].length for course in at_hand})
+        print(f" {'/'.join(map(str, lengths))}", end="", flush=True)
         for _ in range(repeats):
-            for course in courses:
+            for course in at_hand:
                 course.repeat(index)
-            if measured.torch is not None and typical.batch is most_frequent(measured.ours.mix):
+            if measured.torch is not None and index == 0:
                 measured.torch.first.seconds()
                 measured.torch.first_times.append(measured.torch.first.seconds())
         rate.measure()
     print()
 
 
-def real_tokens(batch: Batch) -> int:
+def real_tokens(batch: AnyBatch) -> int:
     """Tokens that are no padding."""
     return int(batch.padding_mask.sum())
 
 
 def report(name: str, config: ConfigDict, model: TextDenoiser, rate: MatrixRate, measured: Measured) -> None:
-    """Prints a line for each row length, the sums, and the JSON object."""
+    """Prints a line for each shape of batch, the sums, and the JSON object."""
 
-    def needed(batch: Batch) -> float:
+    def needed(batch: PackedBatch) -> float:
         return useful_flops(model, batch, config.diffusion)
 
     ours, short, plain, torch = (getattr(measured, field.name) for field in dataclasses.fields(Measured))
@@ -333,19 +349,16 @@ def report(name: str, config: ConfigDict, model: TextDenoiser, rate: MatrixRate,
     print(f"the machine's best {rate.dtype.name} product, {shape}: {peak / 1e9:.0f} GFLOP/s")
     print(f"a step is {config.train.accumulate_steps} forward passes", end="")
     print("" if short is ours else f"; beside plain Flax it is {len(short.mix[0].batch.tokens)} on both sides")
-    titles = (
-        f"{'row length':>10} {'rows':>5} {'of steps':>8} {'real':>6} {'tokens/s':>9} {'of peak':>8} {'/ Flax':>7}"
-    )
-    print(titles + (f" {'/ twin':>7}" if torch else ""))
+    titles = f"{'a pass':>6} {'of steps':>8} {'real':>6} {'tokens/s':>9}"
+    print(f"{'rows up to':>10} {titles} {'of peak':>8}  ours, packed")
     for index, typical in enumerate(ours.mix):
-        tokens, seconds = real_tokens(typical.batch), ours.seconds(index)
-        ratios = [plain.seconds(index) / short.seconds(index)]
-        ratios += [torch.twin.seconds(index) / torch.ours.seconds(index)] if torch else []
-        print(
-            f"{typical.length:>10} {typical.batch.tokens.shape[1]:>5} {typical.share:>8.1%} "
-            f"{tokens / typical.batch.tokens.size:>6.1%} {tokens / seconds:>9.0f} "
-            f"{needed(typical.batch) / seconds / peak:>8.1%}" + "".join(f" {ratio:>7.2f}" for ratio in ratios)
-        )
+        of_peak = needed(typical.batch) / ours.seconds(index) / peak
+        print(f"{line_of(ours, index, typical.batch.lengths[0].size)} {of_peak:>8.1%}")
+    rivals = {"plain Flax": plain} | ({"the twin": torch.twin} if torch else {})
+    for rival, course in rivals.items():
+        print(f"{'rows of':>10} {titles}  {rival}, padded")
+        for index, typical in enumerate(course.mix):
+            print(line_of(course, index, typical.batch.tokens.shape[1]))
     tokens_per_s, plain_tokens = ours.per_second(real_tokens), plain.per_second(real_tokens)
     result = {
         "config": name,
@@ -361,6 +374,16 @@ def report(name: str, config: ConfigDict, model: TextDenoiser, rate: MatrixRate,
     if torch is not None:
         result |= torch_ratios(tokens_per_s, optimizer, torch)
     print(json.dumps(result), flush=True)
+
+
+def line_of(course: Course, index: int, rows: int) -> str:
+    """One shape of batch: its length, `rows` in a pass, share of steps, real share and real tokens per second."""
+    typical = course.mix[index]
+    tokens = real_tokens(typical.batch)
+    return (
+        f"{typical.length:>10} {rows:>6} {typical.share:>8.1%} {tokens / typical.batch.tokens.size:>6.1%} "
+        f"{tokens / course.seconds(index):>9.0f}"
+    )
 
 
 def torch_ratios(tokens_per_s: float, optimizer: str, torch: TorchCourses) -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""Batches that stand for a whole epoch: one of each row length, with how many steps it stands for."""
+"""Batches that stand for a whole epoch: one of each shape, with how many steps it stands for."""
 
 import dataclasses
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch, BatchSource
+from sunfish_jax.data.batches import BatchSource, PackedBatch
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.preparation import Prepared
 
@@ -17,17 +17,17 @@ _MOST_STEPS = 500
 class Typical:
     """A step's batch, and the share of an epoch's steps that are like it."""
 
-    batch: Batch
+    batch: PackedBatch
     share: float
 
     @property
     def length(self) -> int:
-        """S, the length its rows are padded to."""
-        return self.batch.tokens.shape[-1]
+        """S, the longest that its rows may be."""
+        return self.batch.longest
 
 
 def typical_batches(config: ConfigDict, prepared: Prepared) -> list[Typical]:
-    """For each row length, of the steps that training begins with, the one with the median of real tokens."""
+    """For each bucket of rows, of the steps that training begins with, the one with the median of real tokens."""
 
     def no_prompts(numbers: np.ndarray) -> Prompt:
         return Prompt(inputs=np.zeros((*numbers.shape, 0, 0)), mask=np.zeros((*numbers.shape, 0), bool))
@@ -37,7 +37,7 @@ def typical_batches(config: ConfigDict, prepared: Prepared) -> list[Typical]:
     steps: dict[int, list[tuple[int, int]]] = {}
     for step in range(min(lengths_only.steps_per_epoch, _MOST_STEPS)):
         batch = lengths_only[step]
-        steps.setdefault(batch.tokens.shape[-1], []).append((int(batch.padding_mask.sum()), step))
+        steps.setdefault(batch.longest, []).append((int(batch.padding_mask.sum()), step))
     number = sum(map(len, steps.values()))
     source = prepared.training_batches(config)
     return [

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.models.denoiser import TextDenoiser
 from sunfish_jax.models.layers import NoiseLevelFeatures
 
@@ -49,31 +49,35 @@ def forward_flops(model: TextDenoiser, tokens: np.ndarray, prompt: np.ndarray) -
     }
 
 
-def useful_flops(model: TextDenoiser, batch: Batch, diffusion: ConfigDict) -> float:
+def useful_flops(model: TextDenoiser, batch: PackedBatch, diffusion: ConfigDict) -> float:
     """Operations that one optimiser step on `batch` needs, in matrix products.
 
     Counted are real tokens: no padding, neither as tokens nor as keys, and no product that is made a second time
     for the backward pass. A trained product counts three times (its value, and the gradients of both operands),
-    where an operand is no function of parameters twice. The rows with a self-conditioning pass count it once,
+    where an operand is no function of parameters twice. The packs with a self-conditioning pass count it once,
     forward. Each pass needs the single-token posterior: logits from z and the mean embedding under them, where
     the token is not given; where it is given, nothing is predicted either.
 
     Args:
       model: the denoiser.
-      batch: rows [A, B, S], in numpy.
+      batch: of one step, in numpy.
       diffusion: that group of the configuration. Dropped prompts count as the null prompt's one token, in
         expectation.
 
     Returns:
       Operations (2 for a multiplication and an addition).
     """
-    tokens = batch.padding_mask.sum(-1).ravel()
-    predicted = (batch.padding_mask & ~batch.known_mask).sum(-1).ravel()
+    tokens = _of_rows(batch, batch.padding_mask)
+    predicted = _of_rows(batch, batch.padding_mask & ~batch.known_mask)
+    is_row = tokens > 0
     share = 1.0 - diffusion.conditioning_dropout
-    given = share * batch.prompt.mask.sum(-1).ravel()
-    prompt = share * np.maximum(1, batch.prompt.mask.sum(-1).ravel()) + (1.0 - share)
+    prompt = batch.prompt.mask.reshape(*tokens.shape, -1).sum(-1)
+    given = (share * prompt)[is_row]
+    prompt = (share * np.maximum(1, prompt) + (1.0 - share))[is_row]
     every = diffusion.self_conditioning_every
-    first = np.arange(len(tokens)) % every == 0 if every else np.zeros(len(tokens), bool)
+    chosen = np.arange(len(tokens)) % every == 0 if every else np.zeros(len(tokens), bool)
+    first = (chosen[:, None] & is_row)[is_row]
+    tokens, predicted = tokens[is_row], predicted[is_row]
 
     trained = forward_flops(model, tokens, prompt)
     del trained["adapter"], trained["head"], trained["vocabulary"]
@@ -91,3 +95,11 @@ def useful_flops(model: TextDenoiser, batch: Batch, diffusion: ConfigDict) -> fl
     posterior = forward_flops(model, predicted[first], np.zeros_like(predicted[first]))
     total += 2 * estimate["vocabulary"] + 2 * posterior["vocabulary"]
     return float(total)
+
+
+def _of_rows(batch: PackedBatch, mask: np.ndarray) -> np.ndarray:
+    """How many True positions each row has, [packs, b]; the mask is [A, P, n]."""
+    ends = np.cumsum(batch.lengths, axis=-1)[..., None]
+    positions = np.arange(mask.shape[-1])
+    of_row = (positions < ends) & (positions >= ends - batch.lengths[..., None])
+    return (of_row & mask[..., None, :]).sum(-1).reshape(-1, batch.lengths.shape[-1])

@@ -47,15 +47,16 @@ def train(config, point: dict) -> list[float]:
     import jax
     import numpy as np
 
-    from sunfish_jax.data.batches import Batch
+    from sunfish_jax.data.batches import PackedBatch
     from sunfish_jax.models.denoiser import make_model
     from sunfish_jax.ops.awake import awake_cores
     from sunfish_jax.training.sharding import make_mesh, state_shardings
     from sunfish_jax.training.state import create_state
     from sunfish_jax.training.step import make_train_step
 
+    # Each row is a pack.
     shape = (config.train.accumulate_steps, point["rows"], point["length"])
-    encoder, prompt = _prompt(config, *shape[:2])
+    encoder, prompt = _prompt(config, *shape[:2], 1)
     model = make_model(config, config.tokenizer.vocab_size, encoder)
     mesh = make_mesh(point["devices"])
 
@@ -64,7 +65,14 @@ def train(config, point: dict) -> list[float]:
 
     state = jax.jit(create, out_shardings=state_shardings(jax.eval_shape(create), mesh))()
     tokens = np.random.default_rng(0).integers(config.tokenizer.vocab_size, size=shape, dtype=np.int32)
-    batch = Batch(tokens, np.ones(shape, bool), np.zeros(shape, bool), prompt)
+    batch = PackedBatch(
+        tokens=tokens,
+        padding_mask=np.ones(shape, bool),
+        known_mask=np.zeros(shape, bool),
+        lengths=np.full((*shape[:2], 1), shape[-1], np.int32),
+        prompt=prompt,
+        longest=shape[-1],
+    )
     step = make_train_step(config, model, mesh)
     times = []
     with awake_cores():

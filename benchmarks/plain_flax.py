@@ -18,10 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimates, self_conditioned_rows
-from sunfish_jax.diffusion.process import posterior_scale, stratified_uniforms
+from sunfish_jax.data.padded_rows import PaddedBatch
+from sunfish_jax.diffusion.process import diffuse, posterior_scale, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule
+from sunfish_jax.diffusion.self_conditioning import first_estimates, self_conditioned_packs
 from sunfish_jax.models.denoiser import TABLES, PromptKeysValues, TextDenoiser
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.sharding import batch_sharding
@@ -249,6 +249,28 @@ class PlainState:
     opt_state: optax.OptState
 
 
+@flax.struct.dataclass
+class NoisyRows:
+    """Rows with their noise; leading axes [B] or, of all passes, [A, B].
+
+    Attributes:
+      tokens: [..., S] int32.
+      known_mask: [..., S] bool, True where the clean embedding is given.
+      gamma: [...] float32 noise levels.
+      noise: [..., S, D] standard normal.
+    """
+
+    tokens: jax.Array
+    known_mask: jax.Array
+    gamma: jax.Array
+    noise: jax.Array
+
+    def noisy_embeddings(self, table: jax.Array) -> jax.Array:
+        """z [..., S, D]: alpha e + sigma n, and e itself where known; `table` is E [V, D]."""
+        clean = table[self.tokens]
+        return jnp.where(self.known_mask[..., None], clean, diffuse(clean, self.noise, self.gamma))
+
+
 def make_plain_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
     """What `training.state.make_optimizer` computes, from optax's own parts.
 
@@ -317,7 +339,7 @@ def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedu
             z, gamma, *given = inputs(params, *jax.tree.map(lambda leaf: leaf[chosen], flat))
             return plain.apply({"params": params}, z, gamma, jnp.zeros_like(z), *given, method="estimate")
 
-        (chosen,) = self_conditioned_rows(*rows.gamma.shape, 1, diffusion.self_conditioning_every)
+        (chosen,) = self_conditioned_packs(*rows.gamma.shape, 1, diffusion.self_conditioning_every)
         return first_estimates(estimate, flat[0].noise.shape, chosen).reshape(rows.noise.shape)
 
     def loss(params, rows: NoisyRows, prompt: Prompt, x_hat, dropout_key, num_targets):
@@ -326,7 +348,7 @@ def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedu
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.tokens)
         return jnp.sum(losses * ~rows.known_mask) / num_targets
 
-    def step(state: PlainState, batch: Batch):
+    def step(state: PlainState, batch: PaddedBatch):
         shape = batch.tokens.shape[:2]
         gamma_key, noise_key, dropout_key, prompt_key = jax.random.split(jax.random.fold_in(key, state.step), 4)
         gamma = schedule.gamma(stratified_uniforms(gamma_key, shape[0] * shape[1])).reshape(shape)

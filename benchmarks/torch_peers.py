@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from torch_process import TorchProcess
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion.guidance import PASSES_A_DIFFERENCE
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.samplers import Steps
@@ -65,19 +65,19 @@ class TwinSteps:
         }
         torch.call("trainer", training=training)
 
-    def choose(self, batch: Batch, formats: list[str], repeats: int, compiled: bool = True) -> None:
+    def choose(self, batch: PaddedBatch, formats: list[str], repeats: int, compiled: bool = True) -> None:
         """Lets the process find its fastest way to take a step on `batch`; compiling takes minutes."""
         options = {"dtypes": formats, "repeats": repeats, "compiled": compiled}
         choice = self._torch.call("choose_training", batch=self._send(batch), **options)
         print_choice(f"a step of rows of {batch.tokens.shape[-1]}", choice)
 
-    def seconds(self, batch: Batch) -> float:
+    def seconds(self, batch: PaddedBatch) -> float:
         """Takes one optimiser step, from a batch in the host's memory to the new state computed."""
         step = self._torch.call("twin_step", batch=self._send(batch))
         self.taken[batch.tokens.shape[-1]] = step["variant"]
         return step["seconds"]
 
-    def _send(self, batch: Batch) -> str:
+    def _send(self, batch: PaddedBatch) -> str:
         name = str(batch.tokens.shape)
         if name not in self._sent:
             self._sent.add(name)

@@ -4,9 +4,10 @@
     uv run --extra bench benchmarks/train_step.py --config=configs/micro.py --compare
 
 With --compare also against PyTorch: a twin of our network with AdamW, in the fastest way that PyTorch has for it,
-and the first SunFish as it shipped. Each side works while the others wait, in turn, and the medians count.
+and the first SunFish as it shipped. Each side works while the others wait, in turn, and the medians count. Each has
+its own batches of the same corpus: ours are packed rows, as in training, theirs are padded to one of --row_lengths.
 
-The last line is one JSON object. `tokens_per_s` counts real tokens, over row lengths in the mix of an epoch;
+The last line is one JSON object. `tokens_per_s` counts real tokens, over the shapes in the mix of an epoch;
 `matmul_share` is the needed arithmetic (flops.py) over what the best product, of operands in the step's number
 format, would do in that time.
 `ratio_plain_flax` is our real tokens per second over those of plain_flax.py, with the configuration's optimiser on
@@ -43,6 +44,9 @@ flags.DEFINE_integer(
     "Forward passes in a step of the comparison with plain Flax, on both sides, if the configuration has more",
     lower_bound=1,
 )
+flags.DEFINE_integer(
+    "row_lengths", 8, "Lengths that the networks compared with pad rows to, at most", lower_bound=1
+)
 define_comparison(repeats=3)
 
 
@@ -68,6 +72,7 @@ def main(argv: list[str]) -> None:
                     Path(FLAGS.workdir or temporary),
                     FLAGS.repeats,
                     FLAGS.plain_accumulate_steps,
+                    FLAGS.row_lengths,
                     torch,
                 )
         except UserError as error:

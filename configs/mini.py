@@ -17,8 +17,6 @@ get_default_config = runpy.run_path(str(Path(__file__).with_name("default.py")))
 
 def get_config() -> ConfigDict:
     config = get_default_config()
-    config.data.num_buckets = 6
-
     config.tokenizer.vocab_size = 4096
 
     config.model.num_layers = 6

@@ -16,7 +16,7 @@ get_default_config = runpy.run_path(str(Path(__file__).with_name("default.py")))
 
 def get_config() -> ConfigDict:
     config = get_default_config()
-    config.data.num_buckets = 2
+    config.data.num_buckets = 1
     config.tokenizer.vocab_size = 512
 
     config.model.num_layers = 3

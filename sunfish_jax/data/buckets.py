@@ -1,4 +1,4 @@
-"""Which lengths rows are padded to, and how many rows of a length make one forward pass."""
+"""Which rows go together by their length, and how many padded rows make one forward pass."""
 
 import math
 

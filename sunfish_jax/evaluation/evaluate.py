@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
 from sunfish_jax.data.examples import Example
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.data.sources import Source
 from sunfish_jax.data.tokens import TokenizedSplit
 from sunfish_jax.diffusion.samplers import Known
@@ -120,7 +120,7 @@ def evaluate(
     return report.result
 
 
-def infill_figures(subject: Subject, rows: Sequence[Batch]) -> dict[str, dict]:
+def infill_figures(subject: Subject, rows: Sequence[PaddedBatch]) -> dict[str, dict]:
     """Prints and returns how often gaps of each size are filled right."""
     print(subject.filling)
     log_unigram = np.asarray(subject.params["log_unigram"])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion import process
 from sunfish_jax.evaluation.text_rows import shuffled_order
 
@@ -24,7 +24,7 @@ _DETAIL_EVERY = 4
 _FIGURES = ("all", "true", "self_conditioned", "shuffled", "none")
 
 
-def held_out_cross_entropy(model: nn.Module, params: Mapping, rows: Iterable[Batch]) -> dict[str, float]:
+def held_out_cross_entropy(model: nn.Module, params: Mapping, rows: Iterable[PaddedBatch]) -> dict[str, float]:
     """Cross-entropy of the clean token, in nats a token, at each level of the fixed noise grid.
 
     The levels are token SNRs rho = d_e e^(-gamma) in `process.HELD_OUT_SNRS`. Only real tokens count, nothing

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.evaluation.ratio import ratio_of_sums
 from sunfish_jax.evaluation.text_rows import shuffled_order
@@ -42,7 +42,7 @@ class InfillAccuracy:
     num_tokens: int
 
 
-def infill_accuracy(fill: Fill, rows: Sequence[Batch], most_frequent: int) -> dict[int, InfillAccuracy]:
+def infill_accuracy(fill: Fill, rows: Sequence[PaddedBatch], most_frequent: int) -> dict[int, InfillAccuracy]:
     """Fills gaps in held-out rows, without a prompt.
 
     Both times the same gaps are filled with the same keys: any difference comes from what the model reads in

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch, held_out_row_numbers, held_out_rows
+from sunfish_jax.data.padded_rows import PaddedBatch, held_out_row_numbers, held_out_rows
 from sunfish_jax.data.tokens import TokenizedSplit
 from sunfish_jax.models.prompt_encoder import PromptEncoder
 from sunfish_jax.models.prompt_table import PromptTable
@@ -25,7 +25,7 @@ class TextRows:
         row_bytes: [B] for each of them, the UTF-8 bytes each row stands for.
     """
 
-    rows: Sequence[Batch]
+    rows: Sequence[PaddedBatch]
     row_bytes: Sequence[np.ndarray]
 
     @classmethod

@@ -14,6 +14,7 @@ from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 from sunfish_jax.ops.dense import dense, row_major
+from sunfish_jax.ops.rows import EqualRows, PackedRows
 
 # Parameters of two dimensions with these endings are kernels: matrices that features are multiplied with.
 KERNEL_SUFFIXES = ("_in", "_out", "kernel")
@@ -142,7 +143,17 @@ class TextDenoiser(nn.Module):
         parts = [split_heads(part, batch, self.num_heads) for part in jnp.split(both, 2 * self.num_layers, axis=-1)]
         return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)
 
-    def features(self, vocabulary, z, gamma, x_hat, known_mask, *prompts, row_seeds=None) -> jax.Array:
+    def features(
+        self,
+        vocabulary: Vocabulary,
+        z: jax.Array,
+        gamma: jax.Array,
+        x_hat: jax.Array,
+        known_mask: jax.Array,
+        *prompts: PromptKeysValues,
+        packed: PackedRows | None = None,
+        dropout_seeds: jax.Array | None = None,
+    ) -> jax.Array:
         """What `Vocabulary.logits` takes: (alpha / sigma^2) z beside the network's h.
 
         logits = (alpha / sigma^2) z E^T + h H^T + log unigram: the network corrects the exact posterior of a single
@@ -150,53 +161,55 @@ class TextDenoiser(nn.Module):
 
         Args:
           vocabulary: from the method of that name.
-          z: [B, S, D] noisy embeddings; clean ones where known.
-          gamma: [B] noise level, log(sigma^2 / alpha^2).
-          x_hat: [B, S, D] an earlier estimate of the clean embeddings, or zeros.
-          known_mask: [B, S] bool, True where z is clean.
+          z: [B, S, D] noisy embeddings, clean ones where known; or [G, M, D] in G packs of rows.
+          gamma: [B] noise level of each row, log(sigma^2 / alpha^2).
+          x_hat: the shape of z, an earlier estimate of the clean embeddings, or zeros.
+          known_mask: [B, S] or [G, M] bool, True where z is clean.
           *prompts: k times the `PromptKeysValues` of a prompt for each row, from `encode_prompt`. What comes before
             a prompt is read is computed once for all k.
-          row_seeds: [B] uint32 for dropout, where k is 1; None for none.
+          packed: where the B rows lie among the G M positions; None for rows of S.
+          dropout_seeds: [B] or [G] uint32, where k is 1; None for no dropout.
 
         Returns:
-          [k*B, S, D + W] float32: all rows for the first prompts, then all for the second, and so on.
+          [k*B, S, D + W] or [k*G, M, D + W] float32: all for the first prompts, then all for the second, and so on.
         """
-        batch, length, dim = z.shape
-        prior = posterior_scale(gamma)[:, None, None] * z
-        context_free = _single_token_mean(vocabulary, prior)
-        context_free = jnp.where(known_mask[..., None], z, context_free)
-        inputs = jnp.concatenate([z, context_free, x_hat], axis=-1).reshape(batch * length, 3 * dim)
-        kernel = jnp.concatenate([self.input_kernel, self.estimate_kernel]).astype(self.dtype)
-        x = dense(inputs, kernel).reshape(batch, length, self.width)
-        x = rms_norm(x + known_mask[..., None] * self.known_vector)
+        shape, dim = z.shape[:2], z.shape[-1]
+        z, x_hat, known = z.reshape(-1, dim), x_hat.reshape(-1, dim), known_mask.reshape(-1, 1)
+        rows = EqualRows(*shape) if packed is None else packed
+        prior = rows.spread(posterior_scale(gamma)[:, None]) * z
+        context_free = jnp.where(known, z, _single_token_mean(vocabulary, prior))
+        inputs = jnp.concatenate([z, context_free, x_hat], axis=-1)
+        x = dense(inputs, jnp.concatenate([self.input_kernel, self.estimate_kernel]).astype(self.dtype))
+        x = rms_norm(x + known * self.known_vector)
 
         scales = 1.0 + dense(self.noise_level(gamma), self.scales_kernel)
-        scales = jnp.split(scales[:, None, :], 3 * self.num_layers + 1, axis=-1)
+        scales = jnp.split(scales, 3 * self.num_layers + 1, axis=-1)
         for index, layer in enumerate(self.layers):
             x = layer(
                 x,
+                rows,
                 scales[3 * index : 3 * index + 3],
                 [prompt.layer(index) for prompt in prompts],
-                row_seeds,
+                dropout_seeds,
             )
-        x = rms_norm(x.reshape(-1, batch, length, self.width), scales[-1]).reshape(x.shape)
-        return jnp.concatenate([jnp.tile(prior, (len(prompts), 1, 1)), x], axis=-1)
+        x = rms_norm(x.reshape(len(prompts), -1, self.width), rows.spread(scales[-1]))
+        prior = jnp.broadcast_to(prior, (len(prompts), *prior.shape))
+        return jnp.concatenate([prior, x], axis=-1).reshape(-1, shape[1], dim + self.width)
 
-    def logits(self, vocabulary, z, gamma, x_hat, known_mask, prompt) -> jax.Array:
+    def logits(self, vocabulary: Vocabulary, *inputs, packed: PackedRows | None = None) -> jax.Array:
         """Logits over the vocabulary, [B, S, V] float32; the arguments are those of `features`."""
-        return vocabulary.logits(self.features(vocabulary, z, gamma, x_hat, known_mask, prompt))
+        return vocabulary.logits(self.features(vocabulary, *inputs, packed=packed))
 
-    def estimate(self, vocabulary, z, gamma, x_hat, known_mask, prompt) -> jax.Array:
+    def estimate(self, vocabulary: Vocabulary, *inputs, packed: PackedRows | None = None) -> jax.Array:
         """x_hat = softmax(logits) E, [B, S, D] float32; the arguments are those of `features`."""
-        return vocabulary.expected_embedding(self.logits(vocabulary, z, gamma, x_hat, known_mask, prompt))
+        return vocabulary.expected_embedding(self.logits(vocabulary, *inputs, packed=packed))
 
-    def cross_entropy(self, vocabulary, tokens, z, gamma, x_hat, known_mask, prompt, row_seeds=None) -> jax.Array:
+    def cross_entropy(self, vocabulary: Vocabulary, tokens: jax.Array, *inputs, **packing) -> jax.Array:
         """-log p(token | z, gamma, x_hat, prompt) in nats, [B, S] float32.
 
         tokens is [B, S] int32; the other arguments are those of `features`.
         """
-        features = self.features(vocabulary, z, gamma, x_hat, known_mask, prompt, row_seeds=row_seeds)
-        return vocabulary.cross_entropy(features, tokens)
+        return vocabulary.cross_entropy(self.features(vocabulary, *inputs, **packing), tokens)
 
     def __call__(self, tokens, z, gamma, x_hat, known_mask, prompt: Prompt) -> jax.Array:
         """Everything once, for initialisation: the arguments are those of `cross_entropy`."""
@@ -207,7 +220,7 @@ class TextDenoiser(nn.Module):
 def _single_token_mean(vocabulary: Vocabulary, prior: jax.Array) -> jax.Array:
     """E[e | z] for each token by itself, with the tokens' frequencies as prior; no gradient flows.
 
-    prior: [B, S, D], (alpha / sigma^2) z. Returns [B, S, D].
+    prior: [N, D], (alpha / sigma^2) z. Returns [N, D].
     """
     vocabulary, prior = jax.lax.stop_gradient((vocabulary, prior))
     logits = token_logits(prior, vocabulary.head[: prior.shape[-1]], vocabulary.log_unigram)

@@ -12,6 +12,7 @@ from sunfish_jax.ops.convolution import depthwise_convolution
 from sunfish_jax.ops.dense import dense, squared_relu_mlp
 from sunfish_jax.ops.dropout import dropout
 from sunfish_jax.ops.rotary import rotary_heads
+from sunfish_jax.ops.rows import Rows
 
 _EPSILON = 1e-6
 
@@ -73,18 +74,19 @@ class TransformerLayer(nn.Module):
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x, scales, prompts, row_seeds):
+    def __call__(self, x, rows, scales, prompts, dropout_seeds):
         """One layer.
 
         Args:
-          x: [k*B, S, W] float32, the residual stream: all rows for the first of k prompts, then all for the second,
-            and so on; or [B, S, W] before any prompt is read.
-          scales: three [B, 1, W] or [W], what the norms' outputs are multiplied with.
+          x: [k*N, W] float32, the residual stream: all positions for the first of k prompts, then all for the
+            second, and so on; or [N, W] before any prompt is read.
+          rows: B rows among the N positions.
+          scales: three [B, W] or [W], what the norms' outputs are multiplied with.
           prompts: k triples of keys and values [B, H, P, d] and mask [B, P], bool.
-          row_seeds: [B] uint32 for dropout, where k is 1; or None.
+          dropout_seeds: [G] uint32, one for each of G equal parts of the positions, where k is 1; or None.
 
         Returns:
-          [k*B, S, W] float32.
+          [k*N, W] float32.
         """
         width, hidden, zeros = self.width, self.mlp_ratio * self.width, nn.initializers.zeros
 
@@ -107,7 +109,16 @@ class TransformerLayer(nn.Module):
         )
         first_site = jnp.uint32(3 * self.site)
         return _layer(
-            parameters, x, scales, prompts, row_seeds, first_site, self.num_heads, self.dropout, self.causal
+            parameters,
+            x,
+            rows,
+            scales,
+            prompts,
+            dropout_seeds,
+            first_site,
+            self.num_heads,
+            self.dropout,
+            self.causal,
         )
 
 
@@ -125,41 +136,48 @@ class _LayerParameters(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("num_heads", "dropout_rate", "causal"))
-def _layer(parameters, x, scales, prompts, row_seeds, first_site, num_heads, dropout_rate, causal):
+def _layer(parameters, x, rows: Rows, scales, prompts, dropout_seeds, first_site, num_heads, dropout_rate, causal):
     """What `TransformerLayer` does: jitted, so that it is traced and differentiated once for all layers.
 
     XLA puts it into each of them, so the program is the same; tracing a step of `micro` takes half the time.
     """
-    batch, (_, length, width) = len(prompts[0][0]), x.shape
+    num_positions, width = rows.num_positions, x.shape[-1]
+
+    def rows_of(x):
+        return rows if len(x) == num_positions else rows.repeated(len(prompts))
 
     # Made again in the backward pass from x, which is kept anyway: as fast as keeping what is between x and h,
     # and a fifth less memory.
     @jax.checkpoint
     def norm(x, scale, taps=None):
-        h = rms_norm(x.reshape(-1, batch, length, width), scale).reshape(x.shape)
-        return h if taps is None else h + depthwise_convolution(h, taps, causal)
+        scale = scale if scale.ndim == 1 else rows.spread(scale)
+        h = rms_norm(x.reshape(-1, num_positions, width), scale).reshape(x.shape)
+        return h if taps is None else h + depthwise_convolution(h, taps, rows_of(x).reach(), causal)
 
     def residual(x, branch, site):
-        return x + dropout(branch.reshape(x.shape), row_seeds, first_site + site, dropout_rate)
+        return x + dropout(branch, dropout_seeds, first_site + site, dropout_rate)
+
+    def merged(heads, rows):
+        return rows.positions(heads).reshape(rows.num_positions, -1)
 
     dtype = parameters.attention_in.dtype
-    h = norm(x, scales[0], parameters.attention_taps).reshape(-1, width)
-    qkv = dense(h, parameters.attention_in)
-    h = merge_heads(attention(*rotary_heads(qkv, len(x), num_heads, dtype), None, causal))
-    x = residual(x, dense(h, parameters.attention_out), 0)
+    qkv = dense(norm(x, scales[0], parameters.attention_taps), parameters.attention_in)
+    all_rows = rows_of(x)
+    h = attention(*rotary_heads(qkv, all_rows, num_heads, dtype), all_rows.mask, causal)
+    x = residual(x, dense(merged(h, all_rows), parameters.attention_out), 0)
 
     def cross_attention(x, keys, values, mask):
         if keys.shape[2] == 1:
             # Whatever the query, the only value is the answer.
-            return jnp.broadcast_to(dense(merge_heads(values), parameters.cross_out)[:, None], x.shape)
-        h = norm(x, scales[1]).reshape(-1, width)
-        q = split_heads(dense(h, parameters.cross_in), batch, num_heads).astype(dtype)
-        return dense(merge_heads(attention(q, keys, values, mask)), parameters.cross_out)
+            return rows.spread(dense(merge_heads(values), parameters.cross_out))
+        q = dense(norm(x, scales[1]), parameters.cross_in).astype(dtype)
+        q = rows.windows(q.reshape(num_positions, num_heads, -1))
+        return dense(merged(attention(q, keys, values, mask), rows), parameters.cross_out)
 
     # Up to here in the first layer, a row is the same for all its prompts.
-    rows = [x] * len(prompts) if len(x) == batch else jnp.split(x, len(prompts))
-    pairs = zip(rows, prompts, strict=True)
+    parts = [x] * len(prompts) if len(x) == num_positions else jnp.split(x, len(prompts))
+    pairs = zip(parts, prompts, strict=True)
     x = jnp.concatenate([residual(x, cross_attention(x, *prompt), 1) for x, prompt in pairs])
 
-    h = norm(x, scales[2], parameters.mlp_taps).reshape(-1, width)
+    h = norm(x, scales[2], parameters.mlp_taps)
     return residual(x, squared_relu_mlp(h, parameters.mlp_in, parameters.mlp_out), 2)

@@ -1,5 +1,7 @@
 """What a text is conditioned on, in the form in which the denoiser reads it."""
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import numpy as np
@@ -18,6 +20,10 @@ class Prompt:
 
     inputs: np.ndarray | jax.Array
     mask: np.ndarray | jax.Array
+
+
+# Numbers of prompts, -1 for none, to what the model reads; the axes stay.
+Prompts = Callable[[np.ndarray], Prompt]
 
 
 def round_up(length: int, multiple: int = 16) -> int:

@@ -11,25 +11,26 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def dropout(x: jax.Array, row_seeds: jax.Array | None, site: jax.Array | int, rate: float) -> jax.Array:
+def dropout(x: jax.Array, seeds: jax.Array | None, site: jax.Array | int, rate: float) -> jax.Array:
     """Sets a share of the elements to zero and scales up the rest.
 
-    The mask is a function of the row's seed and the place within the row, so it does not depend on how rows are
-    spread over microbatches or devices, and the backward pass makes it again instead of reading it.
+    The mask is a function of the group's seed and the place within the group, so it does not depend on how groups
+    are spread over microbatches or devices, and the backward pass makes it again instead of reading it.
 
     Args:
-      x: [B, S, W].
-      row_seeds: [B] uint32, new at every training step; None for no dropout.
+      x: [N, W], G groups of as many positions each, one after the other.
+      seeds: [G] uint32, new at every training step; None for no dropout.
       site: [] which use of dropout in the network this is; each gets masks of its own.
       rate: the share dropped, in [0, 1).
 
     Returns:
-      [B, S, W].
+      [N, W].
     """
-    if row_seeds is None or rate == 0.0:
+    if seeds is None or rate == 0.0:
         return x
-    seeds = _mix(row_seeds + jnp.uint32(site) * jnp.uint32(0x9E3779B9))[:, None, None]
-    place = jax.lax.broadcasted_iota(jnp.uint32, (1, *x.shape[1:]), 1) * jnp.uint32(x.shape[2])
-    place = place + jax.lax.broadcasted_iota(jnp.uint32, (1, *x.shape[1:]), 2)
+    groups = x.reshape(len(seeds), -1, x.shape[-1])
+    seeds = _mix(seeds + jnp.uint32(site) * jnp.uint32(0x9E3779B9))[:, None, None]
+    place = jax.lax.broadcasted_iota(jnp.uint32, (1, *groups.shape[1:]), 1) * jnp.uint32(groups.shape[2])
+    place = place + jax.lax.broadcasted_iota(jnp.uint32, (1, *groups.shape[1:]), 2)
     keep = _mix(place ^ seeds) >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(keep, x / (1.0 - rate), 0.0)
+    return jnp.where(keep, groups / (1.0 - rate), 0.0).reshape(x.shape)

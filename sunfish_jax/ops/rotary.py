@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sunfish_jax.ops.rows import Rows
+
 _BASE = 10_000.0
 
 
@@ -37,39 +39,45 @@ def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rotary_heads(
-    qkv: jax.Array, batch: int, num_heads: int, dtype: jnp.dtype
+    qkv: jax.Array, rows: Rows, num_heads: int, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries and keys, turned by their positions, and values, head by head.
 
     Args:
-      qkv: [B*S, 3*H*d] float32, the three beside each other.
-      batch: B.
+      qkv: [N, 3*H*d] float32, the three beside each other.
+      rows: B rows of at most S among the N positions.
       num_heads: H.
       dtype: what attention multiplies in.
 
     Returns:
       Three of [B, H, S, d] in that dtype.
     """
-    return _rotary_heads_forward(qkv, batch, num_heads, dtype)[0]
+    return _rotary_heads_forward(qkv, rows, num_heads, dtype)[0]
 
 
-def _rotary_heads_forward(qkv, batch, num_heads, dtype):
-    rows = qkv.reshape(batch, -1, 3, num_heads, qkv.shape[-1] // (3 * num_heads))
-    cos, sin = (turn[:, None] for turn in _turns(rows.shape[1], rows.shape[-1]))
-    parts = _turn(rows[:, :, 0], cos, sin), _turn(rows[:, :, 1], cos, sin), rows[:, :, 2]
-    return tuple(part.astype(dtype).transpose(0, 2, 1, 3) for part in parts), None
+def _turns_of(rows: Rows, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """What `_turn` takes for [N, H, d]."""
+    cos, sin = (rows.at_places(turn)[:, None] for turn in _turns(rows.longest, head_dim))
+    return cos, sin
 
 
-def _rotary_heads_backward(batch, num_heads, dtype, residuals, g):
-    del num_heads, residuals
-    cos, sin = _turns(*g[0].shape[-2:])
-    # Turned back where they lie and narrowed, and only then moved: the way of least memory traffic.
-    back = [_turn(part.astype(jnp.float32), cos, -sin).astype(dtype) for part in g[:2]]
-    back = jax.lax.optimization_barrier((*back, g[2]))
-    merged = [part.transpose(0, 2, 1, 3).reshape(batch * part.shape[2], -1) for part in back]
-    return (jnp.concatenate(merged, axis=-1).astype(jnp.float32),)
+def _rotary_heads_forward(qkv, rows, num_heads, dtype):
+    q, k, v = jnp.moveaxis(qkv.reshape(len(qkv), 3, num_heads, -1), 1, 0)
+    turns = _turns_of(rows, q.shape[-1])
+    parts = _turn(q, *turns), _turn(k, *turns), v
+    return tuple(rows.windows(part.astype(dtype)) for part in parts), rows
+
+
+def _rotary_heads_backward(num_heads, dtype, rows, g):
+    del num_heads, dtype
+    # Moved while they are narrow, and turned back where they lie then: the way of least memory traffic.
+    q, k, v = jax.lax.optimization_barrier(tuple(rows.positions(part) for part in g))
+    cos, sin = _turns_of(rows, q.shape[-1])
+    back = [_turn(part.astype(jnp.float32), cos, -sin) for part in (q, k)]
+    d_qkv = jnp.stack([*back, v.astype(jnp.float32)], axis=1)
+    return d_qkv.reshape(len(d_qkv), -1), None
 
 
 rotary_heads.defvjp(_rotary_heads_forward, _rotary_heads_backward)

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch, batch_iterator
+from sunfish_jax.data.batches import PackedBatch, batch_iterator
 from sunfish_jax.errors import UserError
 from sunfish_jax.ops.allocator import give_back_freed_memory
 from sunfish_jax.ops.awake import awake_cores
@@ -172,27 +172,27 @@ def _drop_unowned_programs():
 
 
 class CompiledStep:
-    """The training step, compiled once for each row length, before its first use there."""
+    """The training step, compiled once for each length that a batch's rows may have, before its first use there."""
 
     def __init__(self, step: TrainStep):
         self._step = step
         self._compiled = {}
 
-    def compile(self, state: TrainState, batch: Batch) -> float:
+    def compile(self, state: TrainState, batch: PackedBatch) -> float:
         """Compiles for the shape of `batch` if that was not done yet. Returns the seconds it took."""
-        length = batch.tokens.shape[-1]
-        if length in self._compiled:
+        longest = batch.longest
+        if longest in self._compiled:
             return 0.0
         began = time.monotonic()
-        self._compiled[length] = self._step.compile(state, batch)
+        self._compiled[longest] = self._step.compile(state, batch)
         _drop_unowned_programs()
         seconds = time.monotonic() - began
-        print(f"compiled the step for rows of {length} tokens in {seconds:.1f}s", flush=True)
+        print(f"compiled the step for rows of up to {longest} tokens in {seconds:.1f}s", flush=True)
         return seconds
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
+    def __call__(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, float]]:
         """One optimiser step. The old state is given up; returns when the new one is computed."""
-        state, metrics = self._compiled[batch.tokens.shape[-1]](state, batch)
+        state, metrics = self._compiled[batch.longest](state, batch)
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
@@ -227,7 +227,7 @@ class Loop:
         self._last_line = self._gave_back = -math.inf
         self._done_once: set[str] = set()
 
-    def run(self, state: TrainState, train_step: CompiledStep, batches: Iterator[Batch]) -> TrainState:
+    def run(self, state: TrainState, train_step: CompiledStep, batches: Iterator[PackedBatch]) -> TrainState:
         """Trains until the last step, or until a stop is asked for. Either way the state is saved.
 
         Raises:

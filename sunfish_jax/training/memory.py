@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.batches import PackedBatch
+from sunfish_jax.data.packs import packs_per_pass
 from sunfish_jax.models.denoiser import TABLES, TextDenoiser, compute_params
 from sunfish_jax.models.prompt import Prompt, round_up
-from sunfish_jax.training.passes import draw_rows, pass_loss
+from sunfish_jax.training.passes import draw_packs, pass_loss
 from sunfish_jax.training.sharding import batch_sharding, state_shardings
 from sunfish_jax.training.state import create_state
 from sunfish_jax.training.step import make_train_step
@@ -63,12 +64,12 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
     others = {name: leaf for name, leaf in narrow.items() if name not in TABLES}
 
     def kept(params, vocabulary, batch):
-        shape = batch.tokens.shape[:2]
-        keys, numbers = jax.random.split(jax.random.key(0), 3), jnp.zeros(shape, jnp.int32)
-        drawn = draw_rows(batch, jnp.zeros(shape), keys, numbers, config.diffusion.conditioning_dropout)
-        rows = jax.tree.map(lambda leaf: leaf[0], drawn)
-        x_hat = jnp.zeros((*rows.tokens.shape, model.embedding_dim))
-        return jax.vjp(lambda p, v: pass_loss(model, p, v, rows, x_hat, 1.0), params, vocabulary, has_aux=True)[1]
+        shape = batch.lengths.shape
+        keys, numbers = jax.random.split(jax.random.key(0), 3), jnp.zeros(shape[:2], jnp.int32)
+        drawn = draw_packs(batch, jnp.zeros(shape), keys, numbers, config.diffusion.conditioning_dropout)
+        packs = jax.tree.map(lambda leaf: leaf[0], drawn)
+        x_hat = jnp.zeros((*packs.tokens.shape, model.embedding_dim))
+        return jax.vjp(lambda p, v: pass_loss(model, p, v, packs, x_hat, 1.0), params, vocabulary, has_aux=True)[1]
 
     of_device = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(batch_sharding(mesh).shard_shape(leaf.shape), leaf.dtype), batch
@@ -85,19 +86,23 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
     )
 
 
-def abstract_batch(config: ConfigDict, model: TextDenoiser) -> Batch:
+def abstract_batch(config: ConfigDict, model: TextDenoiser) -> PackedBatch:
     """The shapes of a batch with rows of `block_size` and the longest prompts."""
-    shape = (config.train.accumulate_steps, config.train.batch_size, config.model.block_size)
-    prompt_shape = (*shape[:2], round_up(config.prompt_encoder.max_length))
+    packs, block_size = packs_per_pass(config), config.model.block_size
+    rows = max(1, config.train.batch_size // packs)
+    shape = (config.train.accumulate_steps, packs, rows * block_size)
+    prompt_shape = (*shape[:2], rows, round_up(config.prompt_encoder.max_length))
     if model.prompt_module is None:
         inputs = jax.ShapeDtypeStruct((*prompt_shape, model.prompt_dim), jnp.float16)
     else:
         inputs = jax.ShapeDtypeStruct(prompt_shape, jnp.int32)
-    return Batch(
+    return PackedBatch(
         tokens=jax.ShapeDtypeStruct(shape, jnp.int32),
         padding_mask=jax.ShapeDtypeStruct(shape, bool),
         known_mask=jax.ShapeDtypeStruct(shape, bool),
+        lengths=jax.ShapeDtypeStruct((*shape[:2], rows), jnp.int32),
         prompt=Prompt(inputs=inputs, mask=jax.ShapeDtypeStruct(prompt_shape, bool)),
+        longest=block_size,
     )
 
 

@@ -8,68 +8,100 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimates, self_conditioned_rows
+from sunfish_jax.data.batches import PackedBatch
+from sunfish_jax.diffusion.process import diffuse
+from sunfish_jax.diffusion.self_conditioning import first_estimates, self_conditioned_packs
 from sunfish_jax.models.denoiser import TextDenoiser, Vocabulary
 from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.ops.rows import PackedRows
 from sunfish_jax.training.sharding import DATA_AXIS
 
 
 @flax.struct.dataclass
-class DrawnRows:
-    """Rows with all that is drawn for them; leading axes [B] or, of all passes, [A, B].
+class DrawnPacks:
+    """Packs of b rows each with all that is drawn for them; leading axes [P] or, of all passes, [A, P].
 
     Attributes:
-      tokens: [..., S] int32.
-      known_mask: [..., S] bool, True where the clean embedding is given.
-      prompt: those that were dropped are the null prompt.
-      gamma: [...] noise levels.
+      tokens: [..., n] int32.
+      known_mask: [..., n] bool, True where the clean embedding is given.
+      lengths: [..., b] int32, the positions of each row.
+      prompt: [..., b], those that were dropped are the null prompt.
+      gamma: [..., b] noise levels.
       noise_key: [...] random keys.
       dropout_seed: [...] uint32.
+      longest: S, which no row is longer than.
     """
 
     tokens: jax.Array
     known_mask: jax.Array
+    lengths: jax.Array
     prompt: Prompt
     gamma: jax.Array
     noise_key: jax.Array
     dropout_seed: jax.Array
+    longest: int = flax.struct.field(pytree_node=False)
 
-    def noisy_embeddings(self, embeddings: jax.Array) -> jax.Array:
-        """z [B, S, D] of rows [B]; `embeddings` is E [V, D]."""
-        shape = (self.tokens.shape[-1], embeddings.shape[-1])
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(self.noise_key)
+    def rows(self) -> PackedRows:
+        """Where the rows of packs [P] lie among their P n positions."""
+        return PackedRows.in_packs(self.lengths, self.tokens.shape[-1], self.longest)
+
+    def inputs(self, model: TextDenoiser, params: Any, vocabulary: Vocabulary) -> tuple[jax.Array, Any]:
+        """Of packs [P] the noisy embeddings z [P, n, D], and the prompts of their rows, encoded."""
+        clean = vocabulary.embeddings[self.tokens]
+        noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(self.noise_key)
         # Without the barrier XLA makes the random numbers again in every fusion that reads them.
         noise = jax.lax.optimization_barrier(noise)
-        return NoisyRows(self.tokens, self.known_mask, self.gamma, noise).noisy_embeddings(embeddings)
+        gamma = self.rows().spread(self.gamma.reshape(-1, 1)).reshape(self.tokens.shape)
+        # To the process each position is a row of its own: it has the noise level of its row.
+        noisy = diffuse(clean[:, :, None], noise[:, :, None], gamma)[:, :, 0]
+        prompt = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.prompt)
+        keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
+        return jnp.where(self.known_mask[..., None], clean, noisy), keys_values
 
 
-def draw_rows(batch: Batch, gamma: jax.Array, keys: jax.Array, numbers: jax.Array, dropout: float) -> DrawnRows:
-    """Draws noise, dropout and which prompts are dropped, each from a row's number in the step alone.
+def draw_packs(
+    batch: PackedBatch, gamma: jax.Array, keys: jax.Array, numbers: jax.Array, dropout: float
+) -> DrawnPacks:
+    """Draws noise, dropout and which prompts are dropped, each from a pack's number in the step alone.
 
     Args:
-      batch: rows [A, B].
-      gamma: [A, B] noise levels.
+      batch: packs [A, P].
+      gamma: [A, P, b] noise levels.
       keys: [3] random keys: for noise, for dropout and for the dropping of prompts.
-      numbers: [A, B], the same for a row however rows are spread over devices.
+      numbers: [A, P], the same for a pack however packs are spread over devices.
       dropout: the share of prompts to drop.
     """
 
-    def for_each(function, of_rows):
-        return jax.vmap(jax.vmap(function))(of_rows)
+    def for_each(function, of_packs):
+        return jax.vmap(jax.vmap(function))(of_packs)
 
     noise_key, dropout_key, prompt_key = (
         for_each(lambda number, key=key: jax.random.fold_in(key, number), numbers) for key in keys
     )
-    dropped = for_each(jax.random.uniform, prompt_key) < dropout
-    return DrawnRows(
+    dropped = for_each(lambda key: jax.random.uniform(key, gamma.shape[2:]), prompt_key) < dropout
+    return DrawnPacks(
         tokens=batch.tokens,
         known_mask=batch.known_mask,
+        lengths=batch.lengths,
         prompt=batch.prompt.replace(mask=batch.prompt.mask & ~dropped[..., None]),
         gamma=gamma,
         noise_key=noise_key,
         dropout_seed=for_each(jax.random.bits, dropout_key),
+        longest=batch.longest,
     )
+
+
+def targets(lengths: jax.Array, known_mask: jax.Array) -> jax.Array:
+    """Which positions are predicted: all of a row but the given ones. [..., n] bool.
+
+    The few padded ones too: they teach where texts end.
+
+    Args:
+      lengths: [..., b], the positions of each row.
+      known_mask: [..., n] bool.
+    """
+    used = jnp.sum(lengths, axis=-1, keepdims=True)
+    return (jnp.arange(known_mask.shape[-1]) < used) & ~known_mask
 
 
 def device_gradients(
@@ -77,100 +109,98 @@ def device_gradients(
     config: ConfigDict,
     params: Mapping[str, Any],
     vocabulary: Vocabulary,
-    batch: Batch,
+    batch: PackedBatch,
     gamma: jax.Array,
     keys: jax.Array,
     num_targets: jax.Array,
 ) -> tuple[tuple[Any, Vocabulary], jax.Array]:
-    """Gradients of the mean loss from this device's rows of every forward pass; runs under `jax.shard_map`.
+    """Gradients of the mean loss from this device's packs of every forward pass; runs under `jax.shard_map`.
 
     Args:
       model: the denoiser.
       config: the `diffusion` group.
       params: its parameters, kernels in the compute dtype.
       vocabulary: made of them.
-      batch: rows [A, B].
-      gamma: [A, B] noise levels.
-      keys: as for `draw_rows`.
+      batch: packs [A, P] of b rows.
+      gamma: [A, P, b] noise levels.
+      keys: as for `draw_packs`.
       num_targets: [] positions to predict in the whole optimiser step.
 
     Returns:
       Float32 gradients with respect to `params` (without what they do through the vocabulary) and to `vocabulary`,
-      and each row's summed loss [A, B].
+      and each row's summed loss and its number of targets, [A, P, b, 2].
     """
-    num_passes, num_rows = gamma.shape
+    num_passes, num_packs, _ = gamma.shape
     num_devices, device = jax.lax.axis_size(DATA_AXIS), jax.lax.axis_index(DATA_AXIS)
-    first_rows = num_rows * (num_devices * jnp.arange(num_passes) + device)
-    numbers = first_rows[:, None] + jnp.arange(num_rows)
-    rows = draw_rows(batch, gamma, keys, numbers, config.conditioning_dropout)
-    chosen = self_conditioned_rows(num_passes, num_rows, num_devices, config.self_conditioning_every)
-    x_hat = estimates(model, params, vocabulary, rows, jnp.asarray(chosen)[device])
+    first_packs = num_packs * (num_devices * jnp.arange(num_passes) + device)
+    numbers = first_packs[:, None] + jnp.arange(num_packs)
+    packs = draw_packs(batch, gamma, keys, numbers, config.conditioning_dropout)
+    chosen = self_conditioned_packs(num_passes, num_packs, num_devices, config.self_conditioning_every)
+    x_hat = estimates(model, params, vocabulary, packs, jnp.asarray(chosen)[device])
     loss_and_gradient = jax.value_and_grad(pass_loss, argnums=(1, 2), has_aux=True)
 
     def accumulate(total, of_pass):
-        (_, row_losses), gradients = loss_and_gradient(model, params, vocabulary, *of_pass, num_targets)
-        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradients), row_losses
+        (_, of_rows), gradients = loss_and_gradient(model, params, vocabulary, *of_pass, num_targets)
+        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradients), of_rows
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (params, vocabulary))
-    return jax.lax.scan(accumulate, zeros, (rows, x_hat))
+    return jax.lax.scan(accumulate, zeros, (packs, x_hat))
 
 
-def estimates(model, params, vocabulary, rows: DrawnRows, chosen: jax.Array) -> jax.Array:
-    """The self-conditioning input of all passes, [A, B, S, D]: first estimates of some rows, zeros for the others.
+def estimates(model, params, vocabulary, packs: DrawnPacks, chosen: jax.Array) -> jax.Array:
+    """The self-conditioning input of all passes, [A, P, n, D]: first estimates of some packs, zeros for the others.
 
-    Made before the passes: it depends on none of them, and some rows of each make full passes together.
+    Made before the passes: it depends on none of them, and some packs of each make full passes together.
 
     Args:
       model: the denoiser.
       params: its parameters, kernels in the compute dtype.
       vocabulary: made of them.
-      rows: of all passes, [A, B].
+      packs: of all passes, [A, P].
       chosen: as for `first_estimates`.
     """
-    variables = {"params": params}
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), packs)
 
     def estimate(numbers):
         few = jax.tree.map(lambda leaf: leaf[numbers], flat)
-        z = few.noisy_embeddings(vocabulary.embeddings)
-        prompt = model.apply(variables, few.prompt, method="encode_prompt")
-        no_estimate = jnp.zeros_like(z)
-        return model.apply(
-            variables, vocabulary, z, few.gamma, no_estimate, few.known_mask, prompt, method="estimate"
-        )
+        z, prompts = few.inputs(model, params, vocabulary)
+        inputs = vocabulary, z, few.gamma.ravel(), jnp.zeros_like(z), few.known_mask, prompts
+        return model.apply({"params": params}, *inputs, packed=few.rows(), method="estimate")
 
     shape = (*flat.tokens.shape, model.embedding_dim)
-    return first_estimates(estimate, shape, chosen).reshape(*rows.tokens.shape, -1)
+    return first_estimates(estimate, shape, chosen).reshape(*packs.tokens.shape, -1)
 
 
-def pass_loss(model, params, vocabulary, rows: DrawnRows, x_hat, num_targets) -> tuple[jax.Array, jax.Array]:
+def pass_loss(model, params, vocabulary, packs: DrawnPacks, x_hat, num_targets) -> tuple[jax.Array, jax.Array]:
     """The summed loss of one forward pass's rows, over the number of targets of the whole step.
 
     Args:
       model: the denoiser.
       params: its parameters, kernels in the compute dtype.
       vocabulary: made of them.
-      rows: [B].
-      x_hat: [B, S, D] their first estimates, or zeros.
+      packs: [P] of b rows.
+      x_hat: [P, n, D] their first estimates, or zeros.
       num_targets: [] positions to predict in the whole optimiser step.
 
     Returns:
-      The scalar loss, and each row's summed cross-entropy [B].
+      The scalar loss, and each row's summed cross-entropy and its number of targets, [P, b, 2].
     """
-    variables = {"params": params}
-    z = rows.noisy_embeddings(vocabulary.embeddings)
-    prompt = model.apply(variables, rows.prompt, method="encode_prompt")
+    z, prompts = packs.inputs(model, params, vocabulary)
+    rows = packs.rows()
     losses = model.apply(
-        variables,
+        {"params": params},
         vocabulary,
-        rows.tokens,
+        packs.tokens,
         z,
-        rows.gamma,
+        packs.gamma.ravel(),
         x_hat,
-        rows.known_mask,
-        prompt,
-        rows.dropout_seed,
+        packs.known_mask,
+        prompts,
+        packed=rows,
+        dropout_seeds=packs.dropout_seed,
         method="cross_entropy",
     )
-    row_losses = jnp.sum(losses * ~rows.known_mask, axis=-1)
-    return row_losses.sum() / num_targets, row_losses
+    predicted = targets(packs.lengths, packs.known_mask).astype(jnp.float32)
+    losses = losses * predicted
+    of_rows = rows.sums(jnp.stack([jax.lax.stop_gradient(losses).ravel(), predicted.ravel()], axis=-1))
+    return losses.sum() / num_targets, of_rows.reshape(*packs.lengths.shape, 2)

@@ -36,7 +36,7 @@ class Prepared:
         tokenizer: of the corpus.
         prompt_encoder: turns prompts into what the model reads.
         splits: the tokenized corpus by name of split.
-        buckets: row lengths, rising.
+        buckets: the longest rows that are packed together, rising.
         data_dir: where the splits lie, and what is encoded of their prompts.
         model: the denoiser.
         identity: fingerprints of `data`, `tokenizer` and `prompt_encoder`; a run resumes only on the same.

@@ -1,4 +1,4 @@
-"""How a run is laid out over devices: rows of a batch, and the arrays of the state."""
+"""How a run is laid out over devices: packs of a batch, and the arrays of the state."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def make_mesh(num_devices: int) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batch arrays [A, B, ...]: each device holds a share of every microbatch's rows."""
+    """Batch arrays [A, P, ...]: each device holds a share of every microbatch's packs."""
     return NamedSharding(mesh, P(None, DATA_AXIS))
 
 

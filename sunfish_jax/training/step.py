@@ -1,5 +1,6 @@
 """One optimiser step: (state, batch) -> (state, metrics)."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule, fit_schedule
 from sunfish_jax.models.denoiser import TextDenoiser, compute_params
-from sunfish_jax.training.passes import device_gradients
+from sunfish_jax.training.passes import device_gradients, targets
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, state_shardings
 from sunfish_jax.training.state import (
     TrainState,
@@ -28,10 +29,10 @@ from sunfish_jax.training.state import (
 
 
 class TrainStep:
-    """An optimiser step in two programs, of which only the first depends on the row length.
+    """An optimiser step in two programs, of which only the first depends on the shape of the batch.
 
     A large step takes a program of some hundred megabytes and ten seconds to compile, a third of it for the
-    optimiser: that third is there once, not for each row length.
+    optimiser: that third is there once, not for each shape.
 
     Attributes:
       gradients: jitted, (state, batch) to a pytree whose shapes are the same for every batch.
@@ -59,11 +60,13 @@ class TrainStep:
             ),
         )
 
-    def __call__(self, state: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+    def __call__(self, state: Any, batch: PackedBatch) -> tuple[Any, dict[str, jax.Array]]:
         """The next state and scalars by name; the old state is given up."""
         return self.update(state, self.gradients(state, batch))
 
-    def compile(self, state: Any, batch: Batch) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
+    def compile(
+        self, state: Any, batch: PackedBatch
+    ) -> Callable[[Any, PackedBatch], tuple[Any, dict[str, jax.Array]]]:
         """The same function, compiled for batches of this shape."""
         lowered = self.gradients.lower(state, batch)
         # Compiling, or reading what was compiled before, is XLA's work, beside which Python can trace the update.
@@ -98,7 +101,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
     Args:
       config: the whole configuration.
       model: the denoiser.
-      mesh: one axis named "data", over which each microbatch's rows are split.
+      mesh: one axis named "data", over which each microbatch's packs are split.
 
     Returns:
       The step; its scalars are `loss` (mean cross-entropy over the positions to predict), `grad_norm`,
@@ -111,29 +114,33 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
     def vocabulary_of(params):
         return model.apply({"params": params}, method="vocabulary")
 
-    def batch_gradients(state: TrainState, batch: Batch) -> BatchGradients:
-        gamma_key, *row_keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
-        shape = batch.tokens.shape[:2]
-        gamma = state.schedule.gamma(stratified_uniforms(gamma_key, shape[0] * shape[1])).reshape(shape)
-        # Every position but the given ones is predicted, the few padded ones too: they teach where texts end.
-        num_targets = jnp.maximum(1, jnp.sum(~batch.known_mask)).astype(jnp.float32)
+    def batch_gradients(state: TrainState, batch: PackedBatch) -> BatchGradients:
+        gamma_key, *pack_keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
+        shape = batch.lengths.shape
+        gamma = state.schedule.gamma(stratified_uniforms(gamma_key, math.prod(shape))).reshape(shape)
+        num_targets = jnp.maximum(1, jnp.sum(targets(batch.lengths, batch.known_mask))).astype(jnp.float32)
         narrow = compute_params(state.params, model.dtype)
         vocabulary, to_params = jax.vjp(vocabulary_of, state.params)
-        (grads, of_vocabulary), row_losses = summed_gradients(
-            narrow, vocabulary, batch, gamma, jnp.stack(row_keys), num_targets
+        (grads, of_vocabulary), of_rows = summed_gradients(
+            narrow, vocabulary, batch, gamma, jnp.stack(pack_keys), num_targets
         )
         # The parameters of which the vocabulary is made are read through it alone.
         (through_vocabulary,) = to_params(jax.tree.map(lambda g, v: g.astype(v.dtype), of_vocabulary, vocabulary))
         grads = jax.tree.map(jnp.add, grads, through_vocabulary)
 
-        targets = jnp.sum(~batch.known_mask, axis=-1)
+        losses, num_predicted = of_rows.reshape(-1, 2).T
         # Rows with given tokens are easier at the same gamma: the schedule describes the others.
-        plain = (targets == batch.tokens.shape[-1]).astype(jnp.float32).ravel()
-        mean_losses = (row_losses / jnp.maximum(1, targets)).ravel()
+        plain = (num_predicted == batch.lengths.ravel()) & (num_predicted > 0)
+        mean_losses = losses / jnp.maximum(1, num_predicted)
         schedule, schedule_opt_state = fit_schedule(
-            state.schedule, state.schedule_opt_state, schedule_optimizer, gamma.ravel(), mean_losses, plain
+            state.schedule,
+            state.schedule_opt_state,
+            schedule_optimizer,
+            gamma.ravel(),
+            mean_losses,
+            plain.astype(jnp.float32),
         )
-        return BatchGradients(grads, row_losses.sum() / num_targets, schedule, schedule_opt_state)
+        return BatchGradients(grads, losses.sum() / num_targets, schedule, schedule_opt_state)
 
     def update(state: TrainState, gradients: BatchGradients) -> tuple[TrainState, dict[str, jax.Array]]:
         updates, opt_state = optimizer.update(gradients.params, state.opt_state, state.params)
@@ -158,16 +165,16 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
         return next_state, metrics
 
     def gradients_of_all_devices(*arguments):
-        gradients, row_losses = device_gradients(model, config.diffusion, *arguments)
+        gradients, of_rows = device_gradients(model, config.diffusion, *arguments)
         # A sum over one device would be a second copy of all gradients.
-        return gradients if mesh.size == 1 else jax.lax.psum(gradients, DATA_AXIS), row_losses
+        return gradients if mesh.size == 1 else jax.lax.psum(gradients, DATA_AXIS), of_rows
 
-    rows = P(None, DATA_AXIS)
+    packs = P(None, DATA_AXIS)
     summed_gradients = jax.shard_map(
         gradients_of_all_devices,
         mesh=mesh,
-        in_specs=(P(), P(), rows, rows, P(), P()),
-        out_specs=(P(), rows),
+        in_specs=(P(), P(), packs, packs, P(), P()),
+        out_specs=(P(), packs),
         check_vma=False,
     )
     shardings = state_shardings(jax.eval_shape(lambda: create_state(config, model)), mesh)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
 from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.generation.options import Settings
@@ -42,7 +42,7 @@ def make_evaluate(config: ConfigDict, prepared: Prepared, stop: StopRequest) -> 
     validation = prepared.splits["validation"]
     text = functools.cache(lambda: TextRows.of(validation, config.eval.num_rows, config, prepared.prompt_encoder))
 
-    def until_stopped() -> Iterator[Batch]:
+    def until_stopped() -> Iterator[PaddedBatch]:
         for batch in text().rows:
             if stop:
                 raise Stopped

@@ -24,13 +24,15 @@ from ar_training import TwinLoop, create_twin_state, make_twin_step
 from encoders import FrozenEncoder
 
 from configs import micro, mini, nano, tiny
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.batches import PackedBatch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.ops.rows import PackedRows
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.progress import Progress, load_totals
@@ -128,9 +130,9 @@ def test_dropout_reaches_what_goes_into_the_first_layer(tokens, prompt):
         params["layers_0"][name] *= 0
 
     @jax.jit
-    def hidden(row_seeds):
+    def hidden(seeds):
         keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
-        return model.apply({"params": params}, tokens, keys_values, row_seeds, method="hidden")
+        return model.apply({"params": params}, tokens, keys_values, dropout_seeds=seeds, method="hidden")
 
     dropped = np.asarray(hidden(jnp.arange(ROWS, dtype=jnp.uint32))) == 0
     assert 0.3 < dropped.mean() < 0.7
@@ -222,9 +224,20 @@ def test_losses_are_those_of_a_float64_reference(model, params, tokens, prompt):
     np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_packed_rows_are_as_by_themselves(model, params, tokens, prompt):
+    lengths = np.array([[5, 3, LENGTH]])
+    pack = np.concatenate([row[:length] for row, length in zip(tokens, lengths[0], strict=True)])[None]
+    packed = PackedRows.in_packs(jnp.asarray(lengths), pack.shape[1], LENGTH)
+    keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
+    losses = model.apply({"params": params}, pack, keys_values, packed=packed, method="cross_entropy")
+    alone = reference_losses(model, params, tokens, prompt)
+    expected = np.concatenate([row[:length] for row, length in zip(alone, lengths[0], strict=True)])
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_score_is_the_chain_rule_over_real_tokens(model, params, tokens, prompt):
     lengths = np.array([LENGTH, 5, 0])
-    batch = Batch(
+    batch = PaddedBatch(
         tokens=tokens[None],
         padding_mask=(np.arange(LENGTH) < lengths[:, None])[None],
         known_mask=np.zeros((1, ROWS, LENGTH), bool),
@@ -381,15 +394,16 @@ PATTERN = np.array([5, 9, 7, 21, 9, 30, 7, 7, 12, 5, 33], np.int32)
 
 
 def repetitive_batch(config, length=16):
-    """Rows that go round a pattern of tokens from anywhere in it; the last positions are padding."""
+    """Packs of one row that goes round a pattern of tokens from anywhere in it; the last positions are padding."""
     shape = (config.train.accumulate_steps, 8)
     starts = np.arange(shape[0] * shape[1]).reshape(shape)
     tokens = PATTERN[(starts[..., None] + np.arange(length)) % len(PATTERN)].copy()
     padding_mask = np.broadcast_to(np.arange(length) < length - 2, tokens.shape).copy()
     tokens[~padding_mask] = 0
-    states = np.random.default_rng(0).normal(size=(*shape, PROMPT_LENGTH, STATES)).astype(np.float16)
-    mask = np.ones((*shape, PROMPT_LENGTH), bool)
-    return Batch(tokens, padding_mask, np.zeros_like(padding_mask), Prompt(states, mask))
+    states = np.random.default_rng(0).normal(size=(*shape, 1, PROMPT_LENGTH, STATES)).astype(np.float16)
+    prompt = Prompt(states, np.ones((*shape, 1, PROMPT_LENGTH), bool))
+    lengths = np.full((*shape, 1), length, np.int32)
+    return PackedBatch(tokens, padding_mask, np.zeros_like(padding_mask), lengths, prompt, longest=length)
 
 
 def token_counts(model, batch):
@@ -440,7 +454,7 @@ def test_it_learns_a_repetitive_text(course, learning):
 
 def test_its_average_goes_on_with_the_text(course, learning):
     _, model, *_, batch = course
-    prompt = jax.tree.map(lambda leaf: leaf[0, :1], batch.prompt)
+    prompt = jax.tree.map(lambda leaf: leaf[0, :1, 0], batch.prompt)
     row = batch.tokens[0, :1, :LENGTH]
     known = Known(row, np.arange(LENGTH)[None] < 8)
     keys = sample_keys(0, np.arange(1))
@@ -566,7 +580,7 @@ def run_loop(workdir, monkeypatch, *, budget, losses=None, after=None, stop=None
 
     step = ScriptedStep(clock, after)
     state = ScriptedState(np.asarray(first_step), {"w": np.zeros(2, np.float32)}, jnp.ones(()))
-    batch = types.SimpleNamespace(tokens=np.zeros((1, 1, 8)), padding_mask=np.ones((1, 1, 5), bool))
+    batch = types.SimpleNamespace(longest=8, padding_mask=np.ones((1, 1, 5), bool))
     with Checkpoints(workdir, _KEPT) as checkpoints:
         loop = TwinLoop(
             budget=budget,

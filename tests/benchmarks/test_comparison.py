@@ -9,9 +9,11 @@ from encoders import FrozenEncoder
 from epoch_mix import Typical
 from flops import useful_flops
 from ml_collections import ConfigDict
+from padded_mix import TypicalPadded
 
 from configs import nano
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.batches import PackedBatch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
 
@@ -59,26 +61,39 @@ def config() -> ConfigDict:
 
 
 def make_mix(passes=2) -> list[Typical]:
-    """Three quarters of the steps with rows of 16, half of them padding, and one quarter with full rows of 32."""
+    """Three quarters of the steps are half full, with rows of up to 16; one quarter full, with rows of up to 32."""
+
+    def batch(packs, size, longest, real):
+        positions = np.broadcast_to(np.arange(size), (passes, packs, size))
+        prompt = Prompt(np.zeros((passes, packs, 2, 16, 24), np.float16), np.ones((passes, packs, 2, 16), bool))
+        lengths = np.full((passes, packs, 2), real // 2, np.int32)
+        tokens = np.zeros(positions.shape, np.int32)
+        return PackedBatch(tokens, positions < real, positions < 0, lengths, prompt, longest)
+
+    return [Typical(batch(4, 32, 16, 16), 0.75), Typical(batch(2, 64, 32, 64), 0.25)]
+
+
+def make_padded(passes=2) -> list[TypicalPadded]:
+    """The same text in rows of 16, half of them padding, and in full ones of 32."""
 
     def batch(rows, length, real):
         positions = np.broadcast_to(np.arange(length), (passes, rows, length))
         prompt = Prompt(np.zeros((passes, rows, 16, 24), np.float16), np.ones((passes, rows, 16), bool))
-        return Batch(np.zeros(positions.shape, np.int32), positions < real, positions < 0, prompt)
+        return PaddedBatch(np.zeros(positions.shape, np.int32), positions < real, positions < 0, prompt)
 
-    return [Typical(batch(8, 16, 8), 0.75), Typical(batch(4, 32, 32), 0.25)]
+    return [TypicalPadded(batch(8, 16, 8), 0.75), TypicalPadded(batch(4, 32, 32), 0.25)]
 
 
 def make_measured(torch: bool) -> Measured:
-    mix, short_mix = make_mix(), make_mix(passes=1)
+    mix, short_mix, padded, short_padded = make_mix(), make_mix(passes=1), make_padded(), make_padded(passes=1)
     ours = Fixed(each=0.01)
     courses = None
     if torch:
         # Every second one counts.
         first = FixedFirst([99.0, 16.0, 99.0, 90.0, 99.0, 17.0])
-        twin = Course.of(Fixed(each=0.02), mix)
+        twin = Course.of(Fixed(each=0.02), padded)
         courses = TorchCourses(Course.of(Fixed(each=0.008), mix), twin, first, first_times=[], filled=0.4)
-    plain = Course.of(Fixed(each=0.03), short_mix)
+    plain = Course.of(Fixed(each=0.03), short_padded)
     return Measured(Course.of(ours, mix), Course.of(ours, short_mix), plain, courses)
 
 
@@ -125,14 +140,22 @@ def test_everything_is_timed_in_turn():
     assert len(measured.torch.first_times) == 3
     for course in (measured.ours, measured.ours_short, measured.plain, measured.torch.ours, measured.torch.twin):
         assert [len(times) for times in course.times] == [3, 3]
-    # Ours, in whole and in shortened steps, alternate rather than coming in blocks, one row length after the other;
+    # Ours, in whole and in shortened steps, alternate rather than coming in blocks, one shape after the other;
     # of two in a row the second is timed.
     shapes = measured.ours.contender.asked
-    assert shapes == 3 * [*2 * [(2, 8, 16)], *2 * [(1, 8, 16)]] + 3 * [*2 * [(2, 4, 32)], *2 * [(1, 4, 32)]]
+    assert shapes == 3 * [*2 * [(2, 4, 32)], *2 * [(1, 4, 32)]] + 3 * [*2 * [(2, 2, 64)], *2 * [(1, 2, 64)]]
+
+
+def test_theirs_may_have_more_shapes_than_ours():
+    theirs = Course.of(Fixed(each=0.03), [*make_padded(), *make_padded()])
+    ours = Course.of(Fixed(each=0.01), make_mix())
+    measure(Measured(ours, ours, theirs, None), 2, FixedRate())
+    assert [len(times) for times in theirs.times] == [2, 2, 2, 2]
+    assert [len(times) for times in ours.times] == [2, 2]
 
 
 def test_a_course_that_is_two_things_is_timed_once():
     ours = Course.of(Fixed(each=0.01), make_mix())
-    measured = Measured(ours, ours, Course.of(Fixed(each=0.03), make_mix()), None)
+    measured = Measured(ours, ours, Course.of(Fixed(each=0.03), make_padded()), None)
     measure(measured, 3, FixedRate())
     assert [len(times) for times in ours.times] == [3, 3]

@@ -7,7 +7,7 @@ import pytest
 from flops import forward_flops, useful_flops
 from ml_collections import ConfigDict
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.models.denoiser import TextDenoiser, init_params
 from sunfish_jax.models.prompt import Prompt
 
@@ -37,14 +37,18 @@ def diffusion(**changes) -> ConfigDict:
     return ConfigDict({"conditioning_dropout": 0.0, "self_conditioning_every": 0} | changes)
 
 
-def make_batch(tokens=LENGTH, length=LENGTH, prompt=PROMPT_LENGTH, known=0) -> Batch:
-    positions = np.broadcast_to(np.arange(length), (1, ROWS, length))
-    prompt_positions = np.broadcast_to(np.arange(PROMPT_LENGTH), (1, ROWS, PROMPT_LENGTH))
-    return Batch(
+def make_batch(tokens=LENGTH, length=LENGTH, prompt=PROMPT_LENGTH, known=0, rows_per_pack=1) -> PackedBatch:
+    """One pass of rows of `length` positions each."""
+    packs = ROWS // rows_per_pack
+    positions = np.tile(np.arange(length), (1, packs, rows_per_pack))
+    prompt_positions = np.broadcast_to(np.arange(PROMPT_LENGTH), (1, packs, rows_per_pack, PROMPT_LENGTH))
+    return PackedBatch(
         tokens=np.zeros(positions.shape, np.int32),
         padding_mask=positions < tokens,
         known_mask=positions < known,
+        lengths=np.full((1, packs, rows_per_pack), length, np.int32),
         prompt=Prompt(inputs=np.zeros((*prompt_positions.shape, 256), np.float16), mask=prompt_positions < prompt),
+        longest=length,
     )
 
 
@@ -98,6 +102,19 @@ def test_self_conditioning_adds_one_forward_pass_of_its_rows(model):
     plain = useful_flops(model, make_batch(), diffusion())
     with_pass = useful_flops(model, make_batch(), diffusion(self_conditioning_every=2))
     assert with_pass - plain == pytest.approx(ROWS / 2 * (body + attention))
+
+
+def test_rows_count_the_same_in_packs(model):
+    settings = diffusion(conditioning_dropout=0.1)
+    given = {"tokens": 20, "prompt": 5, "known": 3}
+    alone, packed = make_batch(**given), make_batch(**given, rows_per_pack=2)
+    assert useful_flops(model, packed, settings) == pytest.approx(useful_flops(model, alone, settings))
+    # A row that is missing counts nothing.
+    missing = packed.replace(
+        lengths=np.array([[[LENGTH, 0], [LENGTH, LENGTH]]]),
+        padding_mask=packed.padding_mask & (np.arange(2 * LENGTH) < np.array([[[LENGTH], [2 * LENGTH]]])),
+    )
+    assert useful_flops(model, missing, settings) == pytest.approx(0.75 * useful_flops(model, alone, settings))
 
 
 def test_padding_counts_nothing(model):

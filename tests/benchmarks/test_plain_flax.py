@@ -8,7 +8,7 @@ from agreement import Inputs, moved, our_logits, plain_logits
 from encoders import FrozenEncoder
 from flax.traverse_util import flatten_dict, unflatten_dict
 from plain_flax import make_plain, make_plain_optimizer, make_plain_state, make_plain_step, plain_params
-from random_batch import random_batch
+from random_batch import as_packs, random_batch
 
 from configs import nano
 from sunfish_jax.models.denoiser import make_model
@@ -85,7 +85,7 @@ def test_its_step_trains_from_our_loss_on(config, model, state):
     batch, mesh = random_batch(config, ENCODER.output_dim), make_mesh(1)
     gradients = make_train_step(config, model, mesh).gradients
     # Of the whole step only what the loss takes is compiled.
-    ours = jax.jit(lambda *given: gradients(*given).loss, compiler_options=QUICKLY)(state, batch)
+    ours = jax.jit(lambda *given: gradients(*given).loss, compiler_options=QUICKLY)(state, as_packs(batch))
     plain_state = make_plain_state(config, plain_params(state.params), mesh)
     plain_step = make_plain_step(config, make_plain(model, model.dtype), mesh, state.schedule, jax.random.key(1))
     plain_step = plain_step.lower(plain_state, batch).compile(compiler_options=QUICKLY)

@@ -9,7 +9,7 @@ import pytest
 from agreement import Inputs, difference, moved, our_logits, twin_logits
 from encoders import FrozenEncoder
 from flax.traverse_util import flatten_dict, unflatten_dict
-from random_batch import random_batch
+from random_batch import as_packs, random_batch
 from sampling_comparison import Sampled, Task
 from torch_peers import TwinSteps, make_twin
 
@@ -87,7 +87,7 @@ def test_its_step_trains_from_our_loss_on(torch, config, model, state):
     make_twin(torch, model, state.params)
     twin = TwinSteps(torch, config, state.schedule)
     ours = jax.tree.map(jnp.copy, state)
-    _, metrics = make_train_step(config, model, make_mesh(1))(ours, batch)
+    _, metrics = make_train_step(config, model, make_mesh(1))(ours, as_packs(batch))
     twin.choose(batch, ["float32"], 1, compiled=False)
     assert twin.seconds(batch) > 0
     assert twin.taken[16].startswith("float32")

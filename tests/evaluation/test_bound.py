@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from stubs import LogitsAsFeatures
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.schedules import make_schedule
 from sunfish_jax.evaluation.bound import bits_per_byte
@@ -52,7 +52,7 @@ def text():
         mask = np.ones(tokens.shape, bool)
         if i:
             mask[0, -1] = False
-        batches.append(Batch(tokens, mask, ~mask & False, Prompt(half, np.ones(half.shape, bool))))
+        batches.append(PaddedBatch(tokens, mask, ~mask & False, Prompt(half, np.ones(half.shape, bool))))
         row_bytes.append(np.full(ROWS, 2 * LENGTH) * mask[0, :, 0])
     return TextRows(batches, row_bytes)
 

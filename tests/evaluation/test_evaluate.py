@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.evaluation.bound import BitsPerByte
 from sunfish_jax.evaluation.evaluate import infill_figures, likelihood_figures
 from sunfish_jax.evaluation.text_rows import TextRows
@@ -21,7 +21,7 @@ def rows():
     tokens[..., -1] = END
     mask = np.ones(tokens.shape, bool)
     prompt = Prompt(np.zeros((1, 12, 2), np.int32), np.zeros((1, 12, 2), bool))
-    return [Batch(tokens, mask, np.zeros_like(mask), prompt)]
+    return [PaddedBatch(tokens, mask, np.zeros_like(mask), prompt)]
 
 
 def make_subject(log_unigram, **methods):

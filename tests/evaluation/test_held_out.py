@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from stubs import LogitsAsFeatures
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion import process
 from sunfish_jax.evaluation import held_out
 from sunfish_jax.models.prompt import Prompt
@@ -49,7 +49,7 @@ def rows(num_batches=5, batch=6):
         lengths = rng.integers(LENGTH // 2, LENGTH + 1, size=(1, batch, 1))
         prompt = Prompt(np.zeros((1, batch, 4), np.int32), np.zeros((1, batch, 4), bool))
         mask = np.arange(LENGTH) < lengths
-        yield Batch(tokens.astype(np.int32), mask, np.zeros_like(mask), prompt)
+        yield PaddedBatch(tokens.astype(np.int32), mask, np.zeros_like(mask), prompt)
 
 
 def evaluate(model, table=None):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from stubs import LogitsAsFeatures
 
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.schedules import make_schedule
 from sunfish_jax.evaluation.infill_accuracy import GAP_SIZES, choose_gaps, infill_accuracy
@@ -46,7 +46,8 @@ class Counting(LogitsAsFeatures):
 def batch(rng, rows=8, length=48):
     tokens = (rng.integers(VOCAB, size=(1, rows, 1)) + np.arange(length)) % VOCAB
     mask = np.arange(length) < rng.integers(30, length + 1, size=(1, rows, 1))
-    return Batch(tokens.astype(np.int32), mask, np.zeros_like(mask), Prompt(np.zeros((1, rows, 1)), mask[..., :1]))
+    prompt = Prompt(np.zeros((1, rows, 1)), mask[..., :1])
+    return PaddedBatch(tokens.astype(np.int32), mask, np.zeros_like(mask), prompt)
 
 
 def test_gaps_are_filled_from_their_surroundings():

@@ -12,6 +12,7 @@ from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.models import layers
 from sunfish_jax.models.denoiser import TextDenoiser, init_params
 from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.ops.rows import PackedRows
 
 ROWS, LENGTH, PROMPT_LENGTH = 3, 12, 5
 
@@ -119,6 +120,53 @@ def test_rows_do_not_see_each_other(model, variables, inputs):
     assert np.abs(before[1] - after[1]).max() > 0.1
 
 
+def test_packed_rows_are_as_by_themselves(model, variables):
+    """Values and gradients of rows in two packs, one of them missing, against each row alone."""
+    lengths = np.array([[3, LENGTH], [5, 0]])
+    size, dim = LENGTH + 5, model.embedding_dim
+    rng = np.random.default_rng(3)
+    z, x_hat = (jnp.asarray(rng.normal(size=(2, size, dim)), jnp.float32) for _ in range(2))
+    gamma = jnp.asarray([-1.0, 1.0, 2.0, 0.0])
+    known, tokens = rng.random((2, size)) < 0.3, rng.integers(0, model.vocab_size, (2, size))
+    weight = jnp.asarray(rng.normal(size=(2, size)), jnp.float32)
+    prompt = Prompt(rng.normal(size=(4, PROMPT_LENGTH, 24)).astype(np.float16), np.ones((4, PROMPT_LENGTH), bool))
+
+    def losses(variables, tokens, z, gamma, x_hat, known, prompt, **packing):
+        keys_values = model.apply(variables, prompt, method="encode_prompt")
+        given = vocabulary(model, variables), tokens, z, gamma, x_hat, known, keys_values
+        return model.apply(variables, *given, **packing, method="cross_entropy")
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def packed(variables, z):
+        rows = PackedRows.in_packs(jnp.asarray(lengths), size, LENGTH)
+        nats = losses(variables, tokens, z, gamma, x_hat, known, prompt, packed=rows)
+        return jnp.sum(jnp.where(rows.inside.reshape(nats.shape), nats, 0.0) * weight), nats
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def alone(variables, z):
+        total, nats = 0.0, []
+        for row, (pack, start, stop) in enumerate([(0, 0, 3), (0, 3, LENGTH + 3), (1, 0, 5)]):
+            place = np.s_[pack : pack + 1, start:stop]
+            own = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], prompt)
+            given = tokens[place], z[place], gamma[row : row + 1], x_hat[place], known[place], own
+            nats.append(losses(variables, *given)[0])
+            total += jnp.sum(nats[-1] * weight[place])
+        return total, nats
+
+    (got, got_nats), got_gradients = packed(variables, z)
+    (want, (first, second, third)), want_gradients = alone(variables, z)
+    np.testing.assert_allclose(got_nats[0, : LENGTH + 3], np.concatenate([first, second]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got_nats[1, :5], third, rtol=1e-4, atol=1e-4)
+    assert float(got) == pytest.approx(float(want), rel=1e-4)
+    pairs = zip(jax.tree.leaves_with_path(got_gradients), jax.tree.leaves(want_gradients), strict=True)
+    for (path, a), b in pairs:
+        tolerance = 1e-4 * max(1.0, float(np.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+    assert not np.asarray(got_gradients[1])[1, 5:].any()
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_every_input_matters_at_every_position(model, variables, inputs, index):
     changed = list(inputs)
@@ -192,7 +240,7 @@ def test_cross_entropy_is_that_of_the_logits(model, variables, inputs):
 
 def test_rematerialisation_changes_no_gradient(model, variables, inputs):
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
-    row_seeds = jnp.arange(ROWS, dtype=jnp.uint32)
+    seeds = jnp.arange(ROWS, dtype=jnp.uint32)
 
     def gradient(remat):
         chosen = dataclasses.replace(model, remat=remat)
@@ -201,8 +249,8 @@ def test_rematerialisation_changes_no_gradient(model, variables, inputs):
         @jax.grad
         def of_loss(variables):
             keys_values = chosen.apply(variables, prompt_of(0), method="encode_prompt")
-            given = vocabulary(chosen, variables), tokens, *inputs, keys_values, row_seeds
-            losses = chosen.apply(variables, *given, method="cross_entropy")
+            given = vocabulary(chosen, variables), tokens, *inputs, keys_values
+            losses = chosen.apply(variables, *given, dropout_seeds=seeds, method="cross_entropy")
             return losses.sum()
 
         return jax.device_get(of_loss(variables))

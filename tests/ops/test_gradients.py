@@ -12,12 +12,26 @@ from sunfish_jax.ops.convolution import depthwise_convolution
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 from sunfish_jax.ops.dense import dense, squared_relu_mlp
 from sunfish_jax.ops.rotary import rotary_heads
+from sunfish_jax.ops.rows import EqualRows, PackedRows
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 dtypes = st.sampled_from(sorted(TOLERANCE))
 sizes = st.integers(1, 40)
 # No search for a smaller example of a failure: each is compiled, and they would be many.
 few_examples = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+
+# Rows in two packs, some of them missing.
+packs = st.lists(st.integers(0, 9), min_size=2, max_size=6).filter(lambda lengths: len(lengths) % 2 == 0)
+
+
+def packed_rows(lengths):
+    """The rows, with a position of no row at the end of each pack, and the positions of each."""
+    lengths = np.reshape(lengths, (2, -1))
+    size = int(max(lengths.sum(axis=1))) + 1
+    rows = PackedRows.in_packs(jnp.asarray(lengths), size, max(1, int(lengths.max())))
+    spans = zip(np.asarray(rows.starts).tolist(), lengths.ravel().tolist(), strict=True)
+    return rows, [slice(start, start + length) for start, length in spans if length]
 
 
 def plain_attention(q, k, v, mask):
@@ -135,12 +149,37 @@ def plain_rotary_heads(qkv, batch, heads):
 )  # fmt: skip
 def test_rotary_heads(batch, heads, length, half, dtype, seed):
     qkv = normal(np.random.default_rng(seed), batch * length, 3 * heads * 2 * half)
+    rows = EqualRows(batch, length)
     assert_same_function(
-        lambda qkv: jnp.stack(rotary_heads(qkv.astype(jnp.float32), batch, heads, jnp.dtype(dtype))),
+        lambda qkv: jnp.stack(rotary_heads(qkv.astype(jnp.float32), rows, heads, jnp.dtype(dtype))),
         lambda qkv: plain_rotary_heads(qkv, batch, heads),
         (qkv,),
         dtype,
     )
+
+
+@few_examples
+@given(lengths=packs, heads=st.integers(1, 3), half=st.integers(1, 9), dtype=dtypes, seed=st.integers(0, 99))
+def test_attention_among_packed_rows(lengths, heads, half, dtype, seed):
+    """From one product to the next, against each row by itself."""
+    rows, spans = packed_rows(lengths)
+    qkv = normal(np.random.default_rng(seed), rows.num_positions, 3 * heads * 2 * half)
+    inside = rows.inside[:, None]
+
+    def fast(qkv):
+        q, k, v = rotary_heads(qkv.astype(jnp.float32), rows, heads, jnp.dtype(dtype))
+        read = rows.positions(attention(q, k, v, rows.mask))
+        return jnp.where(inside, read.reshape(len(qkv), -1), 0)
+
+    def plain(qkv):
+        y = jnp.zeros((len(qkv), qkv.shape[1] // 3))
+        for span in spans:
+            q, k, v = plain_rotary_heads(qkv[span], 1, heads)
+            read = plain_attention(q, k, v, None)[0].swapaxes(0, 1)
+            y = y.at[span].set(read.reshape(read.shape[0], -1))
+        return y
+
+    assert_same_function(fast, plain, (qkv,), dtype)
 
 
 def test_attention_does_not_read_masked_keys():
@@ -184,44 +223,42 @@ def test_expected_embedding(n, dim, vocab, dtype, seed):
 
 
 @pytest.mark.parametrize("width", [1, 3, 5])
-@pytest.mark.parametrize("length", [1, 2, 9])
-def test_depthwise_convolution(length, width):
+@pytest.mark.parametrize("lengths", [(1, 0, 2, 9), (9, 9), (1, 1)])
+def test_depthwise_convolution(lengths, width):
+    rows, spans = packed_rows(lengths)
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(2, length, 3)), rng.normal(size=(width, 3))
+    x, kernel = rng.normal(size=(rows.num_positions, 3)), rng.normal(size=(width, 3))
     want = np.zeros_like(x)
-    for s in range(length):
-        for j in range(width):
-            if 0 <= s + j - width // 2 < length:
-                want[:, s] += kernel[j] * x[:, s + j - width // 2]
-    got = depthwise_convolution(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    for span in spans:
+        for s in range(span.start, span.stop):
+            for j in range(width):
+                if span.start <= s + j - width // 2 < span.stop:
+                    want[s] += kernel[j] * x[s + j - width // 2]
+    got = depthwise_convolution(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), rows.reach())
+    inside = np.asarray(rows.inside)
+    np.testing.assert_allclose(np.asarray(got)[inside], want[inside], atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("width", [1, 3, 5])
 @few_examples
-@given(
-    rows=st.integers(1, 4),
-    length=st.integers(1, 9),
-    channels=st.integers(1, 5),
-    seed=st.integers(0, 99),
-)
-def test_gradients_of_the_convolution(rows, length, channels, width, causal, seed):
-    rng = np.random.default_rng(seed)
+@given(lengths=packs, channels=st.integers(1, 5), seed=st.integers(0, 99))
+def test_gradients_of_the_convolution(lengths, channels, width, causal, seed):
+    rows, spans = packed_rows(lengths)
+    rng, size = np.random.default_rng(seed), rows.num_positions
     before = width - 1 if causal else width // 2
-
-    def plain(x, kernel):
-        # Place t of x adds kernel[j] times itself to place t - j + before.
-        spread = np.zeros((width, length, length), np.float32)
+    # Place t of x adds kernel[j] times itself to place t - j + before.
+    reads = np.zeros((width, size, size), np.float32)
+    for span in spans:
         for j in range(width):
-            for s in range(length):
-                if 0 <= s + j - before < length:
-                    spread[j, s, s + j - before] = 1
-        return jnp.einsum("jst,btw,jw->bsw", spread, x, kernel)
+            for s in range(span.start, span.stop):
+                if span.start <= s + j - before < span.stop:
+                    reads[j, s, s + j - before] = 1
+    inside = rows.inside[:, None]
 
     assert_same_function(
-        lambda x, kernel: depthwise_convolution(x, kernel, causal),
-        plain,
-        (normal(rng, rows, length, channels), normal(rng, width, channels)),
+        lambda x, kernel: jnp.where(inside, depthwise_convolution(x, kernel, rows.reach(), causal), 0),
+        lambda x, kernel: jnp.einsum("jst,tw,jw->sw", reads, x, kernel),
+        (normal(rng, size, channels), normal(rng, width, channels)),
         "float32",
     )

@@ -6,7 +6,7 @@ import pytest
 from encoders import FrozenEncoder
 
 from configs import micro
-from sunfish_jax.data.batches import Batch
+from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.compiled_text import (
@@ -24,16 +24,18 @@ ENCODER = FrozenEncoder(output_dim=384)
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU")
 
 
-def abstract_batch(config, length=64, prompt_length=16):
-    shape = (config.train.accumulate_steps, config.train.batch_size * config.model.block_size // length, length)
-    states = (*shape[:2], prompt_length, ENCODER.output_dim)
-    return Batch(
+def abstract_batch(config, size=512, rows=4, longest=144, prompt_length=16):
+    shape = (config.train.accumulate_steps, 2, size)
+    states = (*shape[:2], rows, prompt_length, ENCODER.output_dim)
+    return PackedBatch(
         tokens=jax.ShapeDtypeStruct(shape, jnp.int32),
         padding_mask=jax.ShapeDtypeStruct(shape, bool),
         known_mask=jax.ShapeDtypeStruct(shape, bool),
+        lengths=jax.ShapeDtypeStruct((*shape[:2], rows), jnp.int32),
         prompt=Prompt(
-            inputs=jax.ShapeDtypeStruct(states, jnp.float16), mask=jax.ShapeDtypeStruct(states[:3], bool)
+            inputs=jax.ShapeDtypeStruct(states, jnp.float16), mask=jax.ShapeDtypeStruct(states[:4], bool)
         ),
+        longest=longest,
     )
 
 

@@ -21,7 +21,7 @@ def programs_kept(monkeypatch):
 
 def batch(length=8, real=5):
     mask = np.arange(length) < real
-    return types.SimpleNamespace(tokens=np.zeros((1, 1, length)), padding_mask=mask[None, None])
+    return types.SimpleNamespace(longest=length, padding_mask=mask[None, None])
 
 
 class FakeStep:
@@ -203,7 +203,7 @@ def test_step_is_compiled_once_for_each_row_length(capsys):
 
     class Step:
         def compile(self, state, batch):
-            length = batch.tokens.shape[-1]
+            length = batch.longest
             compiled.append(length)
             return lambda state, batch: (state + length, {"loss": np.float32(1.5)})
 

@@ -9,17 +9,19 @@ import pytest
 from encoders import FrozenEncoder
 
 from configs import nano
-from sunfish_jax.data.batches import Batch
-from sunfish_jax.diffusion.noisy_rows import NoisyRows, first_estimates, self_conditioned_rows
+from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.diffusion.process import stratified_uniforms
+from sunfish_jax.diffusion.self_conditioning import first_estimates, self_conditioned_packs
 from sunfish_jax.models.denoiser import compute_params, make_model
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.training.passes import draw_rows, estimates, pass_loss
+from sunfish_jax.training.passes import draw_packs, estimates, pass_loss, targets
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import create_state, learning_rate_schedule
 from sunfish_jax.training.step import BatchGradients, TrainStep, ema_decay, make_train_step
 
-VOCAB, LENGTH, PROMPT_LENGTH = 60, 16, 4
+VOCAB, PROMPT_LENGTH = 60, 4
+# Packs of two rows, the longest of 9, with positions of no row behind them.
+ROWS, LONGEST, SIZE = 2, 9, 19
 COUNTS = np.arange(VOCAB)
 ENCODER = FrozenEncoder(output_dim=24)
 
@@ -58,24 +60,35 @@ def new_state(config, model):
     return jax.jit(lambda: create_state(config, model, COUNTS))
 
 
-def random_batch(accumulate=2, rows=4):
+def random_batch(accumulate=2, packs=4):
     rng = np.random.default_rng(0)
-    shape = (accumulate, rows, LENGTH)
-    known = rng.random(shape) < 0.3
+    shape = (accumulate, packs)
+    lengths = rng.integers(3, LONGEST + 1, (*shape, ROWS))
+    # A row that is missing, and one as long as may be.
+    lengths[0, 0] = LONGEST, 0
+    known = rng.random((*shape, SIZE)) < 0.3
     known[:, ::2] = False
-    return Batch(
-        tokens=rng.integers(0, VOCAB, shape, dtype=np.int32),
-        padding_mask=np.ones(shape, bool),
+    return PackedBatch(
+        tokens=rng.integers(0, VOCAB, (*shape, SIZE), dtype=np.int32),
+        padding_mask=np.arange(SIZE) < lengths.sum(-1, keepdims=True),
         known_mask=known,
+        lengths=lengths.astype(np.int32),
         prompt=Prompt(
-            inputs=rng.normal(size=(accumulate, rows, PROMPT_LENGTH, ENCODER.output_dim)).astype(np.float16),
-            mask=rng.random((accumulate, rows, PROMPT_LENGTH)) < 0.8,
+            inputs=rng.normal(size=(*shape, ROWS, PROMPT_LENGTH, ENCODER.output_dim)).astype(np.float16),
+            mask=rng.random((*shape, ROWS, PROMPT_LENGTH)) < 0.8,
         ),
+        longest=LONGEST,
     )
 
 
 def in_one_pass(batch):
     return jax.tree.map(lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batch)
+
+
+def spans(lengths):
+    """The positions of each row of one pack."""
+    ends = np.cumsum(lengths)
+    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def moved(state):
@@ -233,42 +246,73 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 def test_untrained_loss_is_the_single_token_posteriors(model, new_state):
     """The whole path from tokens to loss against a float64 loop over positions."""
     params = new_state().params
-    gamma = jnp.asarray([-2.0, 0.0, 2.0, 4.0])
+    gamma = jnp.asarray([[-2.0, 3.0], [0.0, 1.0], [2.0, -1.0], [4.0, 0.5]])
     keys = jax.random.split(jax.random.key(5), 3)
     batch = random_batch(accumulate=1)
-    rows = jax.jit(draw_rows)(batch, gamma[None], keys, 8 + jnp.arange(4)[None], dropout=0.0)
-    rows, batch = jax.tree.map(lambda leaf: leaf[0], (rows, batch))
+    packs = jax.jit(draw_packs)(batch, gamma[None], keys, 8 + jnp.arange(4)[None], dropout=0.0)
+    packs, batch = jax.tree.map(lambda leaf: leaf[0], (packs, batch))
     vocabulary = vocabulary_of(model, params)
-    no_estimates = jnp.zeros((4, LENGTH, model.embedding_dim))
-    _, row_losses = jax.jit(pass_loss, static_argnums=0)(model, params, vocabulary, rows, no_estimates, 1.0)
+    no_estimates = jnp.zeros((4, SIZE, model.embedding_dim))
+    loss, of_rows = jax.jit(pass_loss, static_argnums=0)(model, params, vocabulary, packs, no_estimates, 2.0)
 
     table = np.asarray(vocabulary.embeddings, np.float64)
     bias = np.asarray(params["log_unigram"], np.float64)
-    for row in range(4):
-        row_key = jax.random.fold_in(keys[0], 8 + row)
-        noise = np.asarray(jax.random.normal(row_key, (LENGTH, model.embedding_dim)), np.float64)
-        g = float(gamma[row])
-        alpha, sigma = np.sqrt(1 / (1 + np.exp(g))), np.sqrt(1 / (1 + np.exp(-g)))
-        total = 0.0
-        for position in range(LENGTH):
-            if batch.known_mask[row, position]:
-                continue
-            token = batch.tokens[row, position]
-            z = alpha * table[token] + sigma * noise[position]
-            scores = alpha / sigma**2 * (table @ z) + bias
-            total += np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[token]
-        assert float(row_losses[row]) == pytest.approx(total, rel=1e-4, abs=1e-4)
+    in_all = 0.0
+    for pack in range(4):
+        pack_key = jax.random.fold_in(keys[0], 8 + pack)
+        noise = np.asarray(jax.random.normal(pack_key, (SIZE, model.embedding_dim)), np.float64)
+        for row, span in enumerate(spans(batch.lengths[pack])):
+            g = float(gamma[pack, row])
+            alpha, sigma = np.sqrt(1 / (1 + np.exp(g))), np.sqrt(1 / (1 + np.exp(-g)))
+            total, count = 0.0, 0
+            for position in range(span.start, span.stop):
+                if batch.known_mask[pack, position]:
+                    continue
+                token = batch.tokens[pack, position]
+                z = alpha * table[token] + sigma * noise[position]
+                scores = alpha / sigma**2 * (table @ z) + bias
+                total += np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[token]
+                count += 1
+            np.testing.assert_allclose(of_rows[pack, row], [total, count], rtol=1e-4, atol=1e-4)
+            in_all += total
+    assert float(loss) == pytest.approx(in_all / 2.0, rel=1e-4)
 
 
-def test_known_positions_are_given_clean():
-    rng = np.random.default_rng(0)
-    table = jnp.asarray(rng.normal(size=(VOCAB, 8)), jnp.float32)
-    batch = jax.tree.map(lambda leaf: leaf[0], random_batch())
-    rows = NoisyRows(batch.tokens, batch.known_mask, jnp.zeros(4), jnp.ones((4, LENGTH, 8)))
-    z = np.asarray(rows.noisy_embeddings(table))
-    clean = np.asarray(table)[batch.tokens]
-    np.testing.assert_array_equal(z[batch.known_mask], clean[batch.known_mask])
-    np.testing.assert_allclose(z[~batch.known_mask], np.sqrt(0.5) * (clean[~batch.known_mask] + 1.0), rtol=1e-5)
+def test_known_positions_are_given_clean(model, new_state):
+    params = new_state().params
+    batch, vocabulary = random_batch(), vocabulary_of(model, params)
+    keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(8).reshape(2, 4)
+    packs = jax.jit(draw_packs)(batch, jnp.zeros((2, 4, ROWS)), keys, numbers, dropout=0.0)
+    packs, known, tokens = jax.tree.map(lambda leaf: leaf[0], (packs, batch.known_mask, batch.tokens))
+    z, _ = jax.jit(type(packs).inputs, static_argnums=1)(packs, model, params, vocabulary)
+    clean = np.asarray(vocabulary.embeddings)[tokens]
+    noise = [jax.random.normal(key, (SIZE, model.embedding_dim)) for key in packs.noise_key]
+    np.testing.assert_array_equal(z[known], clean[known])
+    np.testing.assert_allclose(z[~known], np.sqrt(0.5) * (clean + np.stack(noise))[~known], rtol=1e-4, atol=1e-5)
+
+
+def test_targets_are_the_positions_of_rows_that_are_not_given():
+    batch = random_batch()
+    predicted = np.asarray(targets(batch.lengths, batch.known_mask))
+    for index in np.ndindex(2, 4):
+        expected = np.zeros(SIZE, bool)
+        for span in spans(batch.lengths[index]):
+            expected[span] = ~batch.known_mask[index][span]
+        np.testing.assert_array_equal(predicted[index], expected)
+
+
+def test_what_lies_behind_the_rows_changes_nothing(step, new_state):
+    state, batch = moved(new_state()), random_batch()
+    behind = ~batch.padding_mask
+    assert behind.any()
+    # Dropout and noise are of the positions, and the loss of none of those.
+    changed = batch.replace(
+        tokens=np.where(behind, (batch.tokens + 1) % VOCAB, batch.tokens),
+        known_mask=np.where(behind, ~batch.known_mask, batch.known_mask),
+    )
+    first, second = (step.gradients(state, given) for given in (batch, changed))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -277,27 +321,27 @@ def vocabulary_of(model, params):
 
 
 @pytest.mark.parametrize("num_passes", [1, 3, 8])
-@pytest.mark.parametrize("num_rows", [1, 2, 6])
+@pytest.mark.parametrize("num_packs", [1, 2, 6])
 @pytest.mark.parametrize("every", [1, 3, 4])
-def test_self_conditioned_rows_are_every_so_manieth_of_the_step(num_passes, num_rows, every):
+def test_self_conditioned_packs_are_every_so_manieth_of_the_step(num_passes, num_packs, every):
     for num_devices in (1, 2, 3):
-        chosen = self_conditioned_rows(num_passes, num_rows, num_devices, every)
-        assert chosen.shape[2] <= num_rows
+        chosen = self_conditioned_packs(num_passes, num_packs, num_devices, every)
+        assert chosen.shape[2] <= num_packs
         numbers = []
         for device, indices in enumerate(chosen.reshape(num_devices, -1)):
-            passes, rows = np.divmod(indices[indices >= 0], num_rows)
-            numbers += list((passes * num_devices + device) * num_rows + rows)
-        assert sorted(numbers) == list(range(0, num_passes * num_devices * num_rows, every))
+            passes, packs = np.divmod(indices[indices >= 0], num_packs)
+            numbers += list((passes * num_devices + device) * num_packs + packs)
+        assert sorted(numbers) == list(range(0, num_passes * num_devices * num_packs, every))
         # What no device needs is not computed.
         assert (chosen >= 0).sum(axis=(1, 2)).max() > chosen[0].size - len(chosen[0])
-    assert self_conditioned_rows(num_passes, num_rows, 1, 0).size == 0
+    assert self_conditioned_packs(num_passes, num_packs, 1, 0).size == 0
 
 
-def test_first_estimates_fill_only_the_chosen_rows_and_stop_gradients():
+def test_first_estimates_fill_only_the_chosen_packs_and_stop_gradients():
     z = jnp.ones((6, 2, 3))
 
     def x_hat(scale, chosen):
-        return first_estimates(lambda rows: scale * z[rows], z.shape, np.array(chosen))
+        return first_estimates(lambda packs: scale * z[packs], z.shape, np.array(chosen))
 
     expected = np.zeros((6, 2, 3))
     expected[[0, 4, 5]] = 5.0
@@ -309,25 +353,25 @@ def test_first_estimates_fill_only_the_chosen_rows_and_stop_gradients():
 def test_estimates_are_the_models_own_for_each_row_by_itself(model, new_state):
     params = moved(new_state()).params
     vocabulary = vocabulary_of(model, params)
-    batch = jax.tree.map(jnp.asarray, random_batch(accumulate=2, rows=3))
+    batch = jax.tree.map(jnp.asarray, random_batch(accumulate=2, packs=3))
     keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(6).reshape(2, 3)
-    rows = jax.jit(draw_rows)(batch, jnp.linspace(-1.0, 3.0, 6).reshape(2, 3), keys, numbers, dropout=0.5)
+    gamma = jnp.linspace(-1.0, 3.0, 12).reshape(2, 3, ROWS)
+    packs = jax.jit(draw_packs)(batch, gamma, keys, numbers, dropout=0.5)
     chosen = jnp.asarray([[1, 5], [3, -1]])
-    got = jax.jit(estimates, static_argnums=0)(model, params, vocabulary, rows, chosen).reshape(6, LENGTH, -1)
+    got = jax.jit(estimates, static_argnums=0)(model, params, vocabulary, packs, chosen).reshape(6, SIZE, -1)
     np.testing.assert_array_equal(got[jnp.asarray([0, 2, 4])], 0.0)
 
-    @jax.jit
-    def estimate(params, vocabulary, row):
-        z = row.noisy_embeddings(vocabulary.embeddings)
-        prompt = model.apply({"params": params}, row.prompt, method="encode_prompt")
-        given = (vocabulary, z, row.gamma, jnp.zeros_like(z), row.known_mask, prompt)
-        return model.apply({"params": params}, *given, method="estimate")[0]
-
     for index in (1, 3, 5):
-        row = jax.tree.map(lambda leaf, i=index: leaf.reshape(6, *leaf.shape[2:])[i, None], rows)
-        expected = estimate(params, vocabulary, row)
-        assert np.abs(expected).max() > 0.1
-        np.testing.assert_allclose(got[index], expected, atol=1e-4)
+        pack = jax.tree.map(lambda leaf, i=index: leaf.reshape(6, *leaf.shape[2:])[i, None], packs)
+        z, _ = pack.inputs(model, params, vocabulary)
+        for row, span in enumerate(spans(pack.lengths[0])):
+            prompt = jax.tree.map(lambda leaf, r=row: leaf[0, r, None], pack.prompt)
+            prompt = model.apply({"params": params}, prompt, method="encode_prompt")
+            given = vocabulary, z[:, span], pack.gamma[0, row, None], jnp.zeros_like(z[:, span])
+            known = pack.known_mask[:, span]
+            expected = model.apply({"params": params}, *given, known, prompt, method="estimate")[0]
+            assert np.abs(expected).max() > 0.1
+            np.testing.assert_allclose(got[index, span], expected, atol=1e-4)
 
 
 def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, step, new_state):
@@ -340,13 +384,14 @@ def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, step, new_st
     @jax.value_and_grad
     def loss(params, state, batch):
         gamma_key, *keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
-        gamma = state.schedule.gamma(stratified_uniforms(gamma_key, 8)).reshape(2, 4)
+        gamma = state.schedule.gamma(stratified_uniforms(gamma_key, 8 * ROWS)).reshape(2, 4, ROWS)
         numbers = jnp.arange(8).reshape(2, 4)
-        rows = draw_rows(batch, gamma, keys, numbers, config.diffusion.conditioning_dropout)
+        packs = draw_packs(batch, gamma, keys, numbers, config.diffusion.conditioning_dropout)
         vocabulary = vocabulary_of(model, params)
-        x_hat = estimates(model, params, vocabulary, rows, jnp.asarray([[0, 4]]))
-        one_pass = jax.tree.map(lambda leaf: leaf.reshape(8, *leaf.shape[2:]), (rows, x_hat))
-        return pass_loss(model, params, vocabulary, *one_pass, jnp.sum(~batch.known_mask))[0]
+        x_hat = estimates(model, params, vocabulary, packs, jnp.asarray([[0, 4]]))
+        one_pass = jax.tree.map(lambda leaf: leaf.reshape(8, *leaf.shape[2:]), (packs, x_hat))
+        num_targets = jnp.sum(targets(batch.lengths, batch.known_mask))
+        return pass_loss(model, params, vocabulary, *one_pass, num_targets)[0]
 
     value, expected = loss(state.params, state, batch)
     assert float(got.loss) == pytest.approx(float(value), rel=1e-5)
@@ -358,14 +403,14 @@ def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, step, new_st
 
 
 def test_prompts_are_dropped_at_the_stated_rate():
-    batch = random_batch(1, 400)
+    batch = random_batch(1, 200)
     batch = batch.replace(prompt=batch.prompt.replace(mask=np.ones_like(batch.prompt.mask)))
-    keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(400)[None]
-    drawn = jax.jit(draw_rows)
+    keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(200)[None]
+    drawn = jax.jit(draw_packs)
 
     def given(dropout):
-        rows = drawn(batch, jnp.zeros((1, 400)), keys, numbers, dropout)
-        mask = np.asarray(rows.prompt.mask[0])
+        packs = drawn(batch, jnp.zeros((1, 200, ROWS)), keys, numbers, dropout)
+        mask = np.asarray(packs.prompt.mask).reshape(200 * ROWS, -1)
         assert (mask.all(axis=-1) == mask.any(axis=-1)).all()
         return mask.any(axis=-1)
 
@@ -373,6 +418,8 @@ def test_prompts_are_dropped_at_the_stated_rate():
     assert not given(1.0).any()
     # A binomial of 400: standard error 0.022.
     assert abs(given(0.25).mean() - 0.75) < 0.07
+    # Each row is drawn by itself.
+    assert (given(0.5).reshape(200, ROWS).sum(axis=-1) == 1).mean() == pytest.approx(0.5, abs=0.12)
 
 
 def test_what_products_read_as_it_is_is_cast_to_the_compute_dtype(new_state):
