@@ -19,7 +19,7 @@ from flops import useful_flops
 from jax.sharding import Mesh
 from matrix_rate import MatrixRate
 from ml_collections import ConfigDict
-from padded_mix import TypicalPadded, padded_batches
+from padded_mix import padded_batches
 from plain_flax import PlainState, make_plain, make_plain_state, make_plain_step, plain_params
 from torch_peers import FirstSunFishSteps, TwinSteps, make_twin, number_formats
 from torch_process import TorchProcess
@@ -36,7 +36,6 @@ from sunfish_jax.training.state import TrainState, create_state
 from sunfish_jax.training.step import make_train_step
 
 AnyBatch = PackedBatch | PaddedBatch
-AnyTypical = Typical | TypicalPadded
 
 
 class Contender(Protocol):
@@ -98,11 +97,11 @@ class Course:
     """
 
     contender: Contender
-    mix: list[AnyTypical]
+    mix: list[Typical]
     times: list[list[float]]
 
     @classmethod
-    def of(cls, contender: Contender, mix: list[AnyTypical]) -> "Course":
+    def of(cls, contender: Contender, mix: list[Typical]) -> "Course":
         return cls(contender, mix, [[] for _ in mix])
 
     def repeat(self, index: int) -> None:
@@ -230,7 +229,7 @@ def check_same_function(model: TextDenoiser, params: Mapping[str, Any], torch: T
             check_same("the PyTorch twin", ours, twin_logits(torch, inputs, "float32", fused_attention))
 
 
-def shortened(mix: list[AnyTypical], passes: int) -> list[AnyTypical]:
+def shortened(mix: list[Typical], passes: int) -> list[Typical]:
     """The batches with their first forward passes only."""
     return [
         dataclasses.replace(typical, batch=jax.tree.map(lambda leaf: leaf[:passes], typical.batch))
@@ -238,7 +237,7 @@ def shortened(mix: list[AnyTypical], passes: int) -> list[AnyTypical]:
     ]
 
 
-def most_frequent(mix: list[AnyTypical]) -> AnyBatch:
+def most_frequent(mix: list[Typical]) -> AnyBatch:
     """The batch of the shape that most steps have."""
     return max(mix, key=lambda typical: typical.share).batch
 
@@ -254,7 +253,7 @@ def faster_plain(
     mesh: Mesh,
     schedule: Schedule,
     state: PlainState,
-    mix: list[AnyTypical],
+    mix: list[Typical],
     repeats: int,
 ) -> JaxSteps:
     """The plain step in float32 or bfloat16, whichever is faster at the row length of most steps."""
@@ -281,7 +280,7 @@ def prepare_torch(
     mesh: Mesh,
     schedule: Schedule,
     ours: Course,
-    padded: list[TypicalPadded],
+    padded: list[Typical],
     repeats: int,
 ) -> TorchCourses:
     """The PyTorch peers, ready to be timed, and our steps with the twin's optimiser; `ours` are as configured."""

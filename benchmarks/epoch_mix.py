@@ -6,6 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import BatchSource, PackedBatch
+from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.training.preparation import Prepared
 
@@ -15,15 +16,17 @@ _MOST_STEPS = 500
 
 @dataclasses.dataclass(frozen=True)
 class Typical:
-    """A step's batch, and the share of an epoch's steps that are like it."""
+    """A step's batch, and what it stands for.
 
-    batch: PackedBatch
+    Attributes:
+      batch: of packed or of padded rows.
+      length: S, which no row is longer than; what padded rows are padded to.
+      share: of an epoch's steps, those that are like it.
+    """
+
+    batch: PackedBatch | PaddedBatch
+    length: int
     share: float
-
-    @property
-    def length(self) -> int:
-        """S, the longest that its rows may be."""
-        return self.batch.longest
 
 
 def typical_batches(config: ConfigDict, prepared: Prepared) -> list[Typical]:
@@ -40,7 +43,9 @@ def typical_batches(config: ConfigDict, prepared: Prepared) -> list[Typical]:
         steps.setdefault(batch.longest, []).append((int(batch.padding_mask.sum()), step))
     number = sum(map(len, steps.values()))
     source = prepared.training_batches(config)
-    return [
-        Typical(source[sorted(steps[length])[len(steps[length]) // 2][1]], len(steps[length]) / number)
-        for length in sorted(steps)
-    ]
+
+    def typical(length: int) -> Typical:
+        _, step = sorted(steps[length])[len(steps[length]) // 2]
+        return Typical(source[step], length, len(steps[length]) / number)
+
+    return [typical(length) for length in sorted(steps)]

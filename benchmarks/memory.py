@@ -33,9 +33,7 @@ def main(argv: list[str]) -> None:
     print(f"{config.logging.name}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} trainable parameters")
     print(f"{'devices':>7} {'state':>9} {'params':>9} {'grads':>9} {'activations':>12} {'total':>9}  GB a device")
     for devices in _DEVICES.value:
-        if config.train.batch_size % devices:
-            print(f"{devices:7d} cannot share out train.batch_size={config.train.batch_size} rows evenly")
-            continue
+        config.train.num_devices = devices
         memory = step_memory(config, model, make_mesh(devices))
         columns = memory.state, memory.parameters, memory.gradients, memory.activations, memory.total
         gigabytes = [value / 1e9 for value in columns]

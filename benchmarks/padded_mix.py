@@ -1,8 +1,7 @@
 """What the networks compared with are trained on: the same rows, each padded to one of a few lengths."""
 
-import dataclasses
-
 import numpy as np
+from epoch_mix import Typical
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.buckets import choose_buckets, rows_per_pass
@@ -14,20 +13,7 @@ from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.training.preparation import Prepared
 
 
-@dataclasses.dataclass(frozen=True)
-class TypicalPadded:
-    """A step's batch, and the share of an epoch's steps that have rows of its length."""
-
-    batch: PaddedBatch
-    share: float
-
-    @property
-    def length(self) -> int:
-        """S, the length its rows are padded to."""
-        return self.batch.tokens.shape[-1]
-
-
-def padded_batches(config: ConfigDict, prepared: Prepared, num_lengths: int) -> list[TypicalPadded]:
+def padded_batches(config: ConfigDict, prepared: Prepared, num_lengths: int) -> list[Typical]:
     """One batch for each of the row lengths that leave the least padding, with as many tokens as most of them have.
 
     Args:
@@ -50,7 +36,8 @@ def padded_batches(config: ConfigDict, prepared: Prepared, num_lengths: int) -> 
         batches.append(_batch(config, split, chosen, (*shape, length), prompts, rng))
         num_steps.append(len(rows) / per_step)
     total = sum(num_steps)
-    return [TypicalPadded(batch, steps / total) for batch, steps in zip(batches, num_steps, strict=True)]
+    each = zip(batches, lengths, num_steps, strict=True)
+    return [Typical(batch, length, steps / total) for batch, length, steps in each]
 
 
 def _batch(

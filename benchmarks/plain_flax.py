@@ -331,15 +331,16 @@ def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedu
         z = rows.noisy_embeddings(plain.apply({"params": params}, method="embedding_table"))
         return z, rows.gamma, rows.known_mask, plain.apply({"params": params}, prompt, method="encode_prompt")
 
-    def estimates(params, rows: NoisyRows, prompt: Prompt):
-        """First estimates of one in so many of the whole step's rows, zeros for the others."""
+    def estimates(params, step, rows: NoisyRows, prompt: Prompt):
+        """First estimates of one in so many of all steps' rows, zeros for the others."""
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (rows, prompt))
 
         def estimate(chosen):
             z, gamma, *given = inputs(params, *jax.tree.map(lambda leaf: leaf[chosen], flat))
             return plain.apply({"params": params}, z, gamma, jnp.zeros_like(z), *given, method="estimate")
 
-        (chosen,) = self_conditioned_packs(*rows.gamma.shape, 1, diffusion.self_conditioning_every)
+        turns = self_conditioned_packs(*rows.gamma.shape, 1, diffusion.self_conditioning_every)
+        chosen = jnp.asarray(turns)[step % len(turns), 0]
         return first_estimates(estimate, flat[0].noise.shape, chosen).reshape(rows.noise.shape)
 
     def loss(params, rows: NoisyRows, prompt: Prompt, x_hat, dropout_key, num_targets):
@@ -356,7 +357,7 @@ def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedu
         rows = NoisyRows(batch.tokens, batch.known_mask, gamma, noise)
         dropped = jax.random.uniform(prompt_key, shape) < diffusion.conditioning_dropout
         prompt = batch.prompt.replace(mask=batch.prompt.mask & ~dropped[..., None])
-        x_hat = estimates(state.params, rows, prompt)
+        x_hat = estimates(state.params, state.step, rows, prompt)
         num_targets = jnp.sum(~batch.known_mask).astype(jnp.float32)
 
         def accumulate(total, of_pass):

@@ -59,7 +59,7 @@ class _Epoch:
 
     Attributes:
       steps: `[steps, 2]`, the bucket of each step and its first pack within the bucket's `packs`.
-      packs: for each bucket, its packs in this epoch's order.
+      packs: for each bucket, its packs in this epoch's order, of any size.
       phrasing: `[R]` in [0, 1), which of its prompts each row is asked for with.
     """
 
@@ -73,7 +73,8 @@ class BatchSource:
 
     Rows are packed with others of about their length, a bucket. An epoch shuffles them within each bucket, and the
     order of the steps over all buckets. Rows that do not fill a last step move up to the next longer bucket; what
-    does not fill one even in the longest (fewer rows than one step takes) sits out the epoch.
+    does not fill one even in the longest (fewer rows than one step takes) sits out the epoch, and so does a row
+    for which its pack has no room, as may happen after the first epoch.
     """
 
     def __init__(self, split: TokenizedSplit, buckets: tuple[int, ...], config: ConfigDict, prompts: Prompts):
@@ -98,20 +99,20 @@ class BatchSource:
         self._bucket_of_row = np.searchsorted(buckets, split.lengths)
         of_buckets = (split.lengths[self._bucket_of_row == bucket] for bucket in range(len(buckets)))
         self._rows_per_pack = [rows_per_pack(lengths, config) for lengths in of_buckets]
-        first = self._pack_epoch(np.random.default_rng((self._seed, 0, 0)))
-        self._sizes = [
-            pack_size(packs.fullest, longest, self._packs_per_pass)
-            for packs, longest in zip(first, buckets, strict=True)
-        ]
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
         self._prompts_of_group = functools.lru_cache(maxsize=1)(self._make_prompts)
-        self.steps_per_epoch = len(self._epoch(0).steps)
+        first = self._epoch(0)
+        self._sizes = [
+            pack_size(packs.fullest, longest, self._packs_per_pass)
+            for packs, longest in zip(first.packs, buckets, strict=True)
+        ]
+        self.steps_per_epoch = len(first.steps)
         if not self.steps_per_epoch:
             raise UserError(
                 f"the corpus is too small: {split.num_rows} rows of training text, but one optimiser step takes "
                 f"{self._packs_per_step * self._rows_per_pack[-1]} of up to {buckets[-1]} tokens; lower "
-                f"train.batch_size={config.train.batch_size} or train.accumulate_steps="
-                f"{config.train.accumulate_steps}, or give more text"
+                f"train.batch_size={config.train.batch_size}, train.accumulate_steps="
+                f"{config.train.accumulate_steps} or model.block_size={config.model.block_size}, or give more text"
             )
 
     def __len__(self) -> int:
@@ -133,9 +134,10 @@ class BatchSource:
         row = np.sum(starts[:, None, :] <= np.arange(size)[:, None], axis=-1) - 1
         place = np.arange(size) - np.take_along_axis(starts, row, axis=1)
         padding_mask = place < np.take_along_axis(num_tokens, row, axis=1)
-        place = np.where(padding_mask, place, 0)
         pack = np.arange(len(row))[:, None]
-        tokens = self._split.tokens[self._split.row_starts[packs.rows[pack, row]] + place]
+        # A missing row has a number of its own, -1, and no tokens.
+        source = np.where(padding_mask, self._split.row_starts[packs.rows[pack, row]] + place, 0)
+        tokens = self._split.tokens[source]
 
         def of_passes(array):
             return array.reshape(len(array) // self._packs_per_pass, self._packs_per_pass, *array.shape[1:])
@@ -145,7 +147,7 @@ class BatchSource:
         return PackedBatch(
             tokens=of_passes(np.where(padding_mask, tokens, self._split.pad_id).astype(np.int32)),
             padding_mask=of_passes(padding_mask),
-            known_mask=of_passes(known_rows[pack, row, place] & padding_mask),
+            known_mask=of_passes(known_rows[pack, row, np.where(padding_mask, place, 0)] & padding_mask),
             lengths=of_passes(packs.lengths.astype(np.int32)),
             prompt=jax.tree.map(lambda leaf: of_passes(leaf.reshape(*packs.rows.shape, *leaf.shape[1:])), prompts),
             longest=longest,
@@ -158,7 +160,8 @@ class BatchSource:
         bucket, start = epoch.steps[position]
         packs = epoch.packs[bucket]
         chosen = slice(start, start + self._packs_per_step)
-        return bucket, Packs(packs.rows[chosen], packs.lengths[chosen])
+        rows, lengths = packs.rows[chosen], packs.lengths[chosen]
+        return bucket, Packs(rows, lengths).within(self._sizes[bucket], self._split.lengths[rows])
 
     def _prompt_numbers(self, step: int) -> np.ndarray:
         """Of each of a step's rows the number of a prompt, -1 for none."""
@@ -195,7 +198,7 @@ class BatchSource:
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
         rng = np.random.default_rng((self._seed, epoch, 0))
-        packed = [packs.within(size) for packs, size in zip(self._pack_epoch(rng), self._sizes, strict=True)]
+        packed = self._pack_epoch(rng)
         steps = [
             (bucket, start)
             for bucket, packs in enumerate(packed)

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 def choose_buckets(lengths: np.ndarray, num_buckets: int, block_size: int, multiple: int = 16) -> tuple[int, ...]:
     """The lengths that leave the least padding when every row goes into the shortest bucket that holds it.
 
-    Exact, by dynamic programming over the candidate lengths.
+    Packed rows have little padding whatever their bucket; for them this is what attention's windows, as long as the
+    bucket, hold beside their rows. Exact, by dynamic programming over the candidate lengths.
 
     Args:
       lengths: tokens in each row, at most `block_size`.

@@ -11,7 +11,7 @@ _LONGEST_ROWS = 2
 # Positions of a pass are a multiple of this, as XLA:CPU's products like them.
 _MULTIPLE = 16
 # Positions left free beside the fullest pack of the first epoch. In later ones other rows move up from shorter
-# kinds, and other rows are padded.
+# kinds, and other rows are padded; what does not fit all the same is cut (`Packs.within`).
 _SPARE = 2
 
 
@@ -32,11 +32,20 @@ class Packs:
         """Positions that the fullest pack needs; 0 without packs."""
         return int(self.lengths.sum(axis=1).max(initial=0))
 
-    def within(self, size: int) -> "Packs":
-        """The same without the shortest rows of packs that need more than `size` positions."""
+    def within(self, size: int, num_tokens: np.ndarray) -> "Packs":
+        """The same in packs of `size` positions: where they need more, with less padding, and then fewer rows.
+
+        Args:
+          size: n.
+          num_tokens: [K, b] what each row takes without padding.
+        """
+        excess = np.maximum(0, self.lengths.sum(axis=1, keepdims=True) - size)
+        padding = self.lengths - num_tokens
+        before = np.cumsum(padding, axis=1) - padding
+        lengths = self.lengths - np.clip(excess - before, 0, padding)
         # Rows fall in length along a pack: from the left, those are kept that fit.
-        fits = np.cumsum(self.lengths, axis=1) <= size
-        return Packs(np.where(fits, self.rows, -1), np.where(fits, self.lengths, 0))
+        fits = np.cumsum(lengths, axis=1) <= size
+        return Packs(np.where(fits, self.rows, -1), np.where(fits, lengths, 0))
 
 
 def balanced_packs(rows: np.ndarray, lengths: np.ndarray, rows_per_pack: int, rng: np.random.Generator) -> Packs:
@@ -62,7 +71,7 @@ def balanced_packs(rows: np.ndarray, lengths: np.ndarray, rows_per_pack: int, rn
 
 
 def packs_per_pass(config: ConfigDict) -> int:
-    """P, the packs of one forward pass: each has room for two of the longest rows, or for one if there is one.
+    """P, the packs of one forward pass: each has room for about two of the longest rows.
 
     A multiple of the number of devices, and even where `batch_size` is: so one and two devices share packs alike.
     """

@@ -61,8 +61,9 @@ def held_out_row_numbers(split: TokenizedSplit, num_rows: int, config: ConfigDic
       config: the whole configuration.
 
     Returns:
-      For each batch its length S and the numbers of its rows `[B]`. B is as for training rows of that length; -1
-      fills up the last batch of a bucket, so that there is one shape for each length. None from an empty split.
+      For each batch its length S and the numbers of its rows `[B]`, about as many positions as a forward pass has
+      in training; -1 fills up the last batch of a bucket, so that there is one shape for each length. None from an
+      empty split.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(split.num_rows)[:num_rows])
     if not len(chosen):

@@ -36,7 +36,7 @@ class TokenizedSplit:
       row_prompts: `[R, 2]`, the first prompt and the number of prompts of the row's text.
       prompt_bounds: `[M + 1]`, prompt j is `prompt_text[prompt_bounds[j] : prompt_bounds[j + 1]]`.
       prompt_text: bytes, UTF-8.
-      pad_id: the token behind a row that is shorter than its bucket.
+      pad_id: the token at padding and at positions of no row.
     """
 
     tokens: np.ndarray

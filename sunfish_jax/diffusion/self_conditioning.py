@@ -1,5 +1,6 @@
 """Self-conditioning in training: for some packs of rows, a first estimate is an input."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 
 def self_conditioned_packs(num_passes: int, num_packs: int, num_devices: int, every: int) -> np.ndarray:
-    """Which of each device's packs get a first estimate: one in `every` of the step's, numbered over all devices.
+    """Which of each device's packs get a first estimate: one in `every`, counted over all devices and steps.
 
     Args:
       num_passes: A, forward passes of a step.
@@ -17,21 +18,27 @@ def self_conditioned_packs(num_passes: int, num_packs: int, num_devices: int, ev
       every: one pack in this many; 0 for none.
 
     Returns:
-      [num_devices, n, m] int32 indices of the device's A * P packs, -1 where a device has fewer: n groups of no
-      more packs than a pass has.
+      [turns, num_devices, n, m] int32 indices of the device's A * P packs, -1 where a device has fewer: n groups of
+      no more packs than a pass has. Step t takes turn t modulo their number, which is 1 where `every` divides the
+      packs of a step.
     """
     passes = np.arange(num_passes)[:, None, None]
     devices = np.arange(num_devices)[:, None]
     numbers = (passes * num_devices + devices) * num_packs + np.arange(num_packs)
     of_device = numbers.transpose(1, 0, 2).reshape(num_devices, -1)
-    chosen = [np.flatnonzero(own % every == 0) if every else own[:0] for own in of_device]
+    turns = every // math.gcd(every, numbers.size) if every else 1
+    chosen = [
+        np.flatnonzero((turn * numbers.size + own) % every == 0) if every else own[:0]
+        for turn in range(turns)
+        for own in of_device
+    ]
     most = max(map(len, chosen))
-    groups = -(-most // num_packs)
-    size = -(-most // max(1, groups))
-    padded = np.full((num_devices, groups * size), -1, np.int32)
-    for of_device, packs in zip(padded, chosen, strict=True):
-        of_device[: len(packs)] = packs
-    return padded.reshape(num_devices, groups, size)
+    groups = math.ceil(most / num_packs)
+    size = math.ceil(most / max(1, groups))
+    padded = np.full((len(chosen), groups * size), -1, np.int32)
+    for padded_packs, packs in zip(padded, chosen, strict=True):
+        padded_packs[: len(packs)] = packs
+    return padded.reshape(turns, num_devices, groups, size)
 
 
 def first_estimates(

@@ -39,7 +39,7 @@ def run(workdir: Path, options: InfillOptions) -> None:
         say_what_is_unread(run.prompt_encoder, options.prompts)
         for prompt in options.prompts or (None,):
             encoded = encode_prompts(run.prompt_encoder, [prompt])
-            # Training rows have lengths in steps of 16, with little padding after the end of text.
+            # In steps of 16, so that few lengths are compiled; training rows have little padding after their end.
             lengths = choose_lengths(
                 *network, run.tokenizer, template, encoded, min(round_up(longest), block_size), settings,
                 max_gap=max_gap, seed=options.seed, counter=counter,

@@ -42,7 +42,7 @@ class Rows(Protocol):
         """Each position gets what its place in the row has: [S, W] -> [N, W]."""
 
     def windows(self, x: jax.Array) -> jax.Array:
-        """[N, H, d] -> [B, H, S, d]. Beyond a row's end is whatever lies there, and no gradient comes back."""
+        """[N, H, d] -> [B, H, S, d]. Where `mask` is False is whatever lies there, and no gradient comes back."""
 
     def positions(self, x: jax.Array) -> jax.Array:
         """[B, H, S, d] -> [N, H, d]: from each window what is of its row; zeros at positions of no row."""

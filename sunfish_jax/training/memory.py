@@ -89,8 +89,9 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
 def abstract_batch(config: ConfigDict, model: TextDenoiser) -> PackedBatch:
     """The shapes of a batch with rows of `block_size` and the longest prompts."""
     packs, block_size = packs_per_pass(config), config.model.block_size
-    rows = max(1, config.train.batch_size // packs)
-    shape = (config.train.accumulate_steps, packs, rows * block_size)
+    rows = math.ceil(config.train.batch_size / packs)
+    positions = max(block_size, math.ceil(config.train.batch_size * block_size / packs))
+    shape = (config.train.accumulate_steps, packs, positions)
     prompt_shape = (*shape[:2], rows, round_up(config.prompt_encoder.max_length))
     if model.prompt_module is None:
         inputs = jax.ShapeDtypeStruct((*prompt_shape, model.prompt_dim), jnp.float16)

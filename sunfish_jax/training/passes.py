@@ -112,6 +112,7 @@ def device_gradients(
     batch: PackedBatch,
     gamma: jax.Array,
     keys: jax.Array,
+    step: jax.Array,
     num_targets: jax.Array,
 ) -> tuple[tuple[Any, Vocabulary], jax.Array]:
     """Gradients of the mean loss from this device's packs of every forward pass; runs under `jax.shard_map`.
@@ -124,6 +125,7 @@ def device_gradients(
       batch: packs [A, P] of b rows.
       gamma: [A, P, b] noise levels.
       keys: as for `draw_packs`.
+      step: [] int32, optimiser steps before this one.
       num_targets: [] positions to predict in the whole optimiser step.
 
     Returns:
@@ -135,8 +137,8 @@ def device_gradients(
     first_packs = num_packs * (num_devices * jnp.arange(num_passes) + device)
     numbers = first_packs[:, None] + jnp.arange(num_packs)
     packs = draw_packs(batch, gamma, keys, numbers, config.conditioning_dropout)
-    chosen = self_conditioned_packs(num_passes, num_packs, num_devices, config.self_conditioning_every)
-    x_hat = estimates(model, params, vocabulary, packs, jnp.asarray(chosen)[device])
+    turns = self_conditioned_packs(num_passes, num_packs, num_devices, config.self_conditioning_every)
+    x_hat = estimates(model, params, vocabulary, packs, jnp.asarray(turns)[step % len(turns), device])
     loss_and_gradient = jax.value_and_grad(pass_loss, argnums=(1, 2), has_aux=True)
 
     def accumulate(total, of_pass):

@@ -122,7 +122,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
         narrow = compute_params(state.params, model.dtype)
         vocabulary, to_params = jax.vjp(vocabulary_of, state.params)
         (grads, of_vocabulary), of_rows = summed_gradients(
-            narrow, vocabulary, batch, gamma, jnp.stack(pack_keys), num_targets
+            narrow, vocabulary, batch, gamma, jnp.stack(pack_keys), state.step, num_targets
         )
         # The parameters of which the vocabulary is made are read through it alone.
         (through_vocabulary,) = to_params(jax.tree.map(lambda g, v: g.astype(v.dtype), of_vocabulary, vocabulary))
@@ -173,7 +173,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
     summed_gradients = jax.shard_map(
         gradients_of_all_devices,
         mesh=mesh,
-        in_specs=(P(), P(), packs, packs, P(), P()),
+        in_specs=(P(), P(), packs, packs, P(), P(), P()),
         out_specs=(P(), packs),
         check_vma=False,
     )

@@ -112,11 +112,6 @@ def _check_relations(config: ConfigDict) -> None:
             )
     if config.model.block_size % 16:
         raise UserError(f"config.model.block_size={config.model.block_size}: give a multiple of 16")
-    if config.train.batch_size % config.train.num_devices:
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} rows cannot be split evenly over "
-            f"train.num_devices={config.train.num_devices}: give a multiple"
-        )
     if not config.data.source:
         raise UserError("config.data.source is empty: give vital_articles, a file or folder, or tfds:NAME")
     if not config.tokenizer.path and config.tokenizer.vocab_size < 258:

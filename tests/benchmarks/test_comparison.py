@@ -9,7 +9,6 @@ from encoders import FrozenEncoder
 from epoch_mix import Typical
 from flops import useful_flops
 from ml_collections import ConfigDict
-from padded_mix import TypicalPadded
 
 from configs import nano
 from sunfish_jax.data.batches import PackedBatch
@@ -70,10 +69,10 @@ def make_mix(passes=2) -> list[Typical]:
         tokens = np.zeros(positions.shape, np.int32)
         return PackedBatch(tokens, positions < real, positions < 0, lengths, prompt, longest)
 
-    return [Typical(batch(4, 32, 16, 16), 0.75), Typical(batch(2, 64, 32, 64), 0.25)]
+    return [Typical(batch(4, 32, 16, 16), 16, 0.75), Typical(batch(2, 64, 32, 64), 32, 0.25)]
 
 
-def make_padded(passes=2) -> list[TypicalPadded]:
+def make_padded(passes=2) -> list[Typical]:
     """The same text in rows of 16, half of them padding, and in full ones of 32."""
 
     def batch(rows, length, real):
@@ -81,7 +80,7 @@ def make_padded(passes=2) -> list[TypicalPadded]:
         prompt = Prompt(np.zeros((passes, rows, 16, 24), np.float16), np.ones((passes, rows, 16), bool))
         return PaddedBatch(np.zeros(positions.shape, np.int32), positions < real, positions < 0, prompt)
 
-    return [TypicalPadded(batch(8, 16, 8), 0.75), TypicalPadded(batch(4, 32, 32), 0.25)]
+    return [Typical(batch(8, 16, 8), 16, 0.75), Typical(batch(4, 32, 32), 32, 0.25)]
 
 
 def make_measured(torch: bool) -> Measured:

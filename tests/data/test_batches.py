@@ -61,6 +61,27 @@ def rows_of(batch):
     return np.array([batch.tokens[place[:2]][span][0] - 1 for place, span in places_of(batch)])
 
 
+def check_whole(batch, split):
+    """That a batch holds whole rows of `make_split` with their own prompts; returns how many of them are padded."""
+    padded = 0
+    assert batch.padding_mask.shape == batch.known_mask.shape == batch.tokens.shape
+    assert (batch.lengths <= batch.longest).all() and (batch.lengths.sum(-1) <= batch.tokens.shape[2]).all()
+    seen = np.zeros(batch.tokens.shape, bool)
+    for place, span in places_of(batch):
+        tokens, mask = batch.tokens[place[:2]][span], batch.padding_mask[place[:2]][span]
+        row = tokens[0] - 1
+        length = split.lengths[row]
+        np.testing.assert_array_equal(tokens, np.pad(split.row(row), (0, len(tokens) - length)))
+        np.testing.assert_array_equal(mask, np.arange(len(mask)) < length)
+        assert batch.prompt.inputs[place].item() // 3 == row
+        seen[place[:2]][span] = True
+        padded += len(tokens) > length
+    assert not (batch.padding_mask & ~seen).any() and (batch.tokens[~batch.padding_mask] == PAD).all()
+    assert not (batch.known_mask & ~batch.padding_mask).any()
+    np.testing.assert_array_equal(batch.prompt.mask[..., 0], batch.lengths > 0)
+    return padded
+
+
 def test_batches_hold_whole_rows_and_their_own_prompts():
     split = make_split()
     source, config = make_source(split)
@@ -69,24 +90,38 @@ def test_batches_hold_whole_rows_and_their_own_prompts():
         batch = source[step]
         shape = batch.tokens.shape
         assert shape[:2] == batch.lengths.shape[:2] == (2, packs_per_pass(config)) == (2, 2)
-        assert batch.padding_mask.shape == batch.known_mask.shape == shape
         # About as many positions as 4 rows of 64; a pass has a multiple of 16.
         assert abs(shape[1] * shape[2] - 4 * 64) <= 64 and shape[1] * shape[2] % 16 == 0
-        assert (batch.lengths <= batch.longest).all() and (batch.lengths.sum(-1) <= shape[2]).all()
-        seen = np.zeros(shape, bool)
-        for place, span in places_of(batch):
-            tokens, mask = batch.tokens[place[:2]][span], batch.padding_mask[place[:2]][span]
-            row = tokens[0] - 1
-            length = split.lengths[row]
-            np.testing.assert_array_equal(tokens, np.pad(split.row(row), (0, len(tokens) - length)))
-            np.testing.assert_array_equal(mask, np.arange(len(mask)) < length)
-            assert batch.prompt.inputs[place].item() // 3 == row
-            seen[place[:2]][span] = True
-            padded += len(tokens) > length
-        assert not (batch.padding_mask & ~seen).any() and (batch.tokens[~batch.padding_mask] == PAD).all()
-        assert not (batch.known_mask & ~batch.padding_mask).any()
+        padded += check_whole(batch, split)
     # One row in eight, but for those as long as may be.
     assert 0.05 < padded / split.num_rows < 0.2
+
+
+def test_batches_are_whole_where_packs_have_too_little_room(monkeypatch):
+    split = make_split()
+    monkeypatch.setattr(batches_module, "pack_size", lambda fullest, longest, num_packs: max(longest, fullest - 8))
+    source, _ = make_source(split)
+    batches = [source[step] for step in range(source.steps_per_epoch)]
+    for batch in batches:
+        check_whole(batch, split)
+    waiting = np.concatenate([batch.lengths.ravel() == 0 for batch in batches])
+    assert 0 < waiting.mean() < 0.4
+
+
+def test_few_rows_wait_in_a_small_corpus():
+    """Whose rows differ from epoch to epoch in how many positions they take."""
+    split = make_split(num_rows=130)
+    source, _ = make_source(split)
+    batches = [source[step] for step in range(30 * source.steps_per_epoch)]
+    for batch in batches:
+        check_whole(batch, split)
+    assert np.mean([(batch.lengths == 0).mean() for batch in batches]) < 0.02
+
+
+def test_one_and_two_devices_are_given_the_same():
+    one, two = (make_source(num_devices=num_devices)[0] for num_devices in (1, 2))
+    for step in range(3):
+        jax.tree.map(np.testing.assert_array_equal, one[step], two[step])
 
 
 def test_little_of_a_batch_is_padding():

@@ -40,11 +40,14 @@ def test_rows_meet_others_in_another_drawing():
     assert len(together) < 10
 
 
-def test_the_shortest_rows_of_an_overfull_pack_wait():
-    packs = Packs(np.array([[4, 7, 1], [5, 2, 9]]), np.array([[8, 6, 2], [9, 6, 5]])).within(16)
-    np.testing.assert_array_equal(packs.rows, [[4, 7, 1], [5, 2, -1]])
-    np.testing.assert_array_equal(packs.lengths, [[8, 6, 2], [9, 6, 0]])
-    assert Packs(np.zeros((0, 3), int), np.zeros((0, 3), int)).fullest == 0
+def test_an_overfull_pack_loses_padding_and_then_its_last_rows():
+    lengths = np.array([[8, 6, 2], [9, 6, 5], [9, 6, 5], [9, 6, 5], [20, 6, 5]])
+    num_tokens = np.array([[5, 6, 2], [8, 4, 5], [8, 4, 2], [8, 6, 5], [20, 6, 5]])
+    packs = Packs(np.arange(15).reshape(5, 3), lengths).within(16, num_tokens)
+    np.testing.assert_array_equal(packs.rows, [[0, 1, 2], [3, 4, -1], [6, 7, 8], [9, 10, -1], [-1, -1, -1]])
+    np.testing.assert_array_equal(packs.lengths, [[8, 6, 2], [8, 4, 0], [8, 4, 4], [8, 6, 0], [0, 0, 0]])
+    nothing = np.zeros((0, 3), int)
+    assert Packs(nothing, nothing).within(16, nothing).fullest == 0
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_packs_of_a_pass_are_shared_by_devices(batch_size, num_devices, expected
 
 
 @pytest.mark.parametrize("config", [default, mini, nano])
-def test_one_pack_in_so_many_of_a_step_can_have_an_estimate(config):
+def test_in_each_step_the_same_packs_have_an_estimate(config):
     config = config.get_config()
     packs = config.train.accumulate_steps * packs_per_pass(config)
     assert packs % config.diffusion.self_conditioning_every == 0

@@ -7,9 +7,10 @@ import pytest
 
 from sunfish_jax.ops.rows import EqualRows, PackedRows
 
-# Two packs of 12 positions: one row missing, positions of no row behind others, a row as long as may be.
-LENGTHS, SIZE, LONGEST = np.array([[5, 2, 0], [4, 3, 5]]), 12, 5
-STARTS = [0, 5, 7, 12, 16, 19]
+# Two packs of 12 positions: one row missing, positions of no row behind others, a row as long as may be, and a last
+# one that begins behind where its window does.
+LENGTHS, SIZE, LONGEST = np.array([[5, 2, 0], [4, 5, 3]]), 12, 5
+STARTS = [0, 5, 7, 12, 16, 21]
 HEADS, DIM = 2, 3
 
 

@@ -326,15 +326,18 @@ def vocabulary_of(model, params):
 @pytest.mark.parametrize("every", [1, 3, 4])
 def test_self_conditioned_packs_are_every_so_manieth_of_the_step(num_passes, num_packs, every):
     for num_devices in (1, 2, 3):
-        chosen = self_conditioned_packs(num_passes, num_packs, num_devices, every)
-        assert chosen.shape[2] <= num_packs
+        turns = self_conditioned_packs(num_passes, num_packs, num_devices, every)
+        assert turns.shape[3] <= num_packs
+        per_step = num_passes * num_devices * num_packs
+        assert (len(turns) == 1) == (per_step % every == 0)
         numbers = []
-        for device, indices in enumerate(chosen.reshape(num_devices, -1)):
-            passes, packs = np.divmod(indices[indices >= 0], num_packs)
-            numbers += list((passes * num_devices + device) * num_packs + packs)
-        assert sorted(numbers) == list(range(0, num_passes * num_devices * num_packs, every))
-        # What no device needs is not computed.
-        assert (chosen >= 0).sum(axis=(1, 2)).max() > chosen[0].size - len(chosen[0])
+        for step in range(2 * len(turns)):
+            for device, indices in enumerate(turns[step % len(turns)].reshape(num_devices, -1)):
+                passes, packs = np.divmod(indices[indices >= 0], num_packs)
+                numbers += list(step * per_step + (passes * num_devices + device) * num_packs + packs)
+        assert sorted(numbers) == list(range(0, 2 * len(turns) * per_step, every))
+        # What no device ever needs is not computed.
+        assert (turns >= 0).sum(axis=(2, 3)).max() > turns[0, 0].size - turns.shape[2]
     assert self_conditioned_packs(num_passes, num_packs, 1, 0).size == 0
 
 

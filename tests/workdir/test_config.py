@@ -65,7 +65,6 @@ def test_micro_is_the_recommended_model():
         ("optimizer.learning_rate", 0.0, ["learning_rate=0.0", "above 0"]),
         ("optimizer.learning_rate", float("nan"), ["learning_rate=nan", "above 0"]),
         ("train.batch_size", -4, ["batch_size=-4", "1 or more"]),
-        ("train.num_devices", 3, ["batch_size=16", "num_devices=3"]),
         ("tokenizer.vocab_size", 100, ["vocab_size=100", "258"]),
         ("prompt_encoder.name", "bert", ["'bert'", "minilm"]),
         ("prompt_encoder.name", "gpt2", ["prompt_encoder.path is empty"]),
