@@ -5,7 +5,7 @@
 The last line is one JSON object. `tokenizer_seconds` and `tokenizing_seconds` are what training a tokenizer on the
 corpus and writing its tokens take. `new_prompts_ratio` is how many times faster than training uses them batches are
 made whose prompts the encoder has not seen yet, as in the first epochs; `ratio` the same once it has. Training's
-rate is that of whole steps, over row lengths in the mix of an epoch.
+rate is that of whole steps, over the kinds of batch in the mix of an epoch.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from sunfish_jax.errors import UserError
 from sunfish_jax.startup import end_on_interrupt, prepare_process
 
 config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.KEY=VALUE overrides")
-flags.DEFINE_integer("repeats", 1, "Steps timed of each row length; medians count", lower_bound=1)
+flags.DEFINE_integer("repeats", 1, "Steps timed of each kind of batch; medians count", lower_bound=1)
 flags.DEFINE_integer("batches", 100, "Batches timed, at most an epoch's", lower_bound=1)
 
 

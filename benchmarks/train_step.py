@@ -3,8 +3,9 @@
     uv run benchmarks/train_step.py --config=configs/micro.py
     uv run --extra bench benchmarks/train_step.py --config=configs/micro.py --compare
 
-With --compare also against PyTorch: a twin of our network with AdamW, in the fastest way that PyTorch has for it,
-and the first SunFish as it shipped. Each side works while the others wait, in turn, and the medians count. Each has
+With --compare also against PyTorch: a twin of our network with AdamW, in the fastest way found for it (number
+format, attention and passes at once at the commonest row length, eager or compiled at each), and the first SunFish
+as it shipped. Each side works while the others wait, in turn, and the medians count. Each has
 its own batches of the same corpus: ours are packed rows, as in training, theirs are padded to one of --row_lengths.
 
 The last line is one JSON object. `tokens_per_s` counts real tokens, over the shapes in the mix of an epoch;

@@ -37,10 +37,10 @@ def get_config() -> ConfigDict:
     model.mlp_ratio = 4
     # Width of the noise-level representation from which every layer's adaptive scales are made.
     model.conditioning_dim = 160
-    # Width of the short depthwise convolution before attention; 0 for none.
+    # Width of the short depthwise convolutions before attention and before the feed-forward layer; 0 for none.
     model.conv_width = 5
     model.dropout = 0.1
-    # `auto` picks bfloat16 where the processor multiplies it faster than float32.
+    # `auto` picks bfloat16 where the processor multiplies it at least 1.2 times as fast as float32.
     model.compute_dtype = "auto"
     # Recompute each layer's activations in the backward pass: about a tenth slower, half the memory for them.
     model.remat = False
@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
     config.diffusion = diffusion = ConfigDict()
     # `gumbel` (learned online), or fixed: `linear`, `cosine`, `sqrt`.
     diffusion.schedule = "gumbel"
+    # Adam's, for the numbers of the learned schedule.
     diffusion.schedule_learning_rate = 1e-2
     # One pack of rows in this many is trained with its own first estimate as a further input; 0 for never.
     diffusion.self_conditioning_every = 4
@@ -75,20 +76,28 @@ def get_config() -> ConfigDict:
     optimizer.learning_rate = 5e-4
     # The learning rate of the tables of tokens (embeddings, head), as a multiple of `learning_rate`.
     optimizer.table_multiplier = 3.0
+    # Steps in which the learning rate rises; then it falls to zero at `train.num_steps`, along half a cosine.
     optimizer.warmup_steps = 1000
+    # Of kernels alone.
     optimizer.weight_decay = 0.01
+    # Adam's; the momentum of Muon is 0.95.
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.99
+    # The largest norm that the gradients of a step are left with.
     optimizer.clip_norm = 1.0
+    # Of the moving average of the parameters, with which texts are made and evaluated; it is less at first.
     optimizer.ema_decay = 0.999
 
     config.train = train = ConfigDict()
+    # Of the whole run: at its end the learning rate is zero.
     train.num_steps = 50_000
     # Rows of `block_size` in one forward pass; shorter rows come in proportionally larger numbers.
     train.batch_size = 4
+    # Forward and backward passes whose gradients make one optimiser step.
     train.accumulate_steps = 8
+    # Of the first parameters, the order of rows, noise and dropout.
     train.seed = 0
-    # Devices the rows are split over: host devices on a CPU.
+    # Devices that the packs of a pass are split over: host devices on a CPU.
     train.num_devices = 1
     # WORKDIR or WORKDIR@STEP: start from another run's weights.
     train.init_from = ""
@@ -96,6 +105,7 @@ def get_config() -> ConfigDict:
     config.sampling = sampling = ConfigDict()
     # `ddim`, `ddpm` or `dpmpp`.
     sampling.scheduler = "ddpm"
+    # Passes of the network, without those that guidance adds.
     sampling.num_steps = 64
     # logits = uncond + scale (cond - uncond); 1 is no guidance, 0 ignores the prompt. More follows the prompt's
     # words more closely, and repeats them.
@@ -109,6 +119,7 @@ def get_config() -> ConfigDict:
     sampling.max_gap = 8
 
     config.eval = evaluation = ConfigDict()
+    # Steps of training between two evaluations.
     evaluation.every_steps = 1000
     # Held-out rows scored at each level of the fixed noise grid.
     evaluation.num_rows = 256
@@ -120,6 +131,7 @@ def get_config() -> ConfigDict:
     config.logging = logging = ConfigDict()
     # The run's name in the terminal and on Weights & Biases.
     logging.name = "sunfish"
+    # Steps between two lines of figures, and between two times that samples are shown.
     logging.every_steps = 20
     logging.sample_every_steps = 1000
     logging.sample_prompts = (
@@ -131,7 +143,7 @@ def get_config() -> ConfigDict:
     logging.wandb = False
 
     config.checkpoint = checkpoint = ConfigDict()
-    # Besides this, the state of each evaluation is saved.
+    # Steps between two checkpoints; besides, the state of each evaluation is saved.
     checkpoint.every_steps = 1000
     # Newest steps kept, besides the best by held-out loss and every `keep_every_steps`-th.
     checkpoint.keep = 5

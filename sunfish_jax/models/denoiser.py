@@ -47,7 +47,7 @@ class Vocabulary:
 
     Attributes:
       embeddings: [V, D] float32, the clean embeddings E, rows of norm sqrt(D).
-      head: [D + W, V] in the dtype of the products: E^T, and under it the head's own table H^T.
+      head: [D + W, V] in the dtype of the products: E^T, and under it the head's own table U^T.
       log_unigram: [V] float32, log frequencies, constant: the prior over a token before anything is seen of it.
     """
 
@@ -156,7 +156,7 @@ class TextDenoiser(nn.Module):
     ) -> jax.Array:
         """What `Vocabulary.logits` takes: (alpha / sigma^2) z beside the network's h.
 
-        logits = (alpha / sigma^2) z E^T + h H^T + log unigram: the network corrects the exact posterior of a single
+        logits = (alpha / sigma^2) z E^T + h U^T + log unigram: the network corrects the exact posterior of a single
         token (Plaid, Gulrajani and Hashimoto 2023).
 
         Args:
