@@ -1,4 +1,4 @@
-"""What is set before anything starts JAX's backend: caches of compiled code for all tests, and two host devices."""
+"""What is set before anything starts JAX's backend: how and where tests compile, and two host devices."""
 
 import os
 import tempfile
@@ -12,5 +12,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(_cache.name, "bytecode")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
+# Most of the time of these tests is compiling, of programs that run for moments. The processes that some of them
+# start, `main.py` among these, compile as a person's do.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def compiled_as_shipped():
+    """Compiles as a person's process does, for tests of what comes of it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

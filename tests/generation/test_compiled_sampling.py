@@ -13,7 +13,10 @@ from sunfish_jax.models.denoiser import init_params, make_model
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.compiled_text import count_matrix_products, float32_matrix_products, slow_matrix_products
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU")
+pytestmark = [
+    pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU"),
+    pytest.mark.usefixtures("compiled_as_shipped"),
+]
 
 
 def traced_sampling(dtype):

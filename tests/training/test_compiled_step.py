@@ -21,7 +21,10 @@ from sunfish_jax.training.step import make_train_step
 
 ENCODER = FrozenEncoder(output_dim=384)
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU")
+pytestmark = [
+    pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text of XLA:CPU"),
+    pytest.mark.usefixtures("compiled_as_shipped"),
+]
 
 
 def abstract_batch(config, size=512, rows=4, longest=144, prompt_length=16):
@@ -51,7 +54,7 @@ def step_and_arguments():
 
 
 @pytest.fixture(scope="module")
-def compiled_texts():
+def compiled_texts(compiled_as_shipped):
     """Of the step's two programs, apart: a name in one may be that of something else in the other."""
     step, state, batch = step_and_arguments()
     gradients = step.gradients.lower(state, batch)
