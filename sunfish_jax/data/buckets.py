@@ -46,10 +46,14 @@ def choose_buckets(lengths: np.ndarray, num_buckets: int, block_size: int, multi
 
 
 def rows_per_pass(length: int, config: ConfigDict) -> int:
-    """B, the rows of one forward pass at a row length: about as many positions as `batch_size` whole blocks have.
+    """B, the rows of one forward pass at a row length: about as many positions as `batch_size` blocks have."""
+    return evenly_shared(config.train.batch_size * config.model.block_size / length, config.train)
 
-    A multiple of the number of devices, and even where `batch_size` is: so one and two devices share rows alike.
+
+def evenly_shared(number: float, train: ConfigDict) -> int:
+    """About `number`, for devices to share: a multiple of theirs, at least one for each.
+
+    Even where `batch_size` is, so that one and two devices share alike. `train` is that group of the configuration.
     """
-    train, block_size = config.train, config.model.block_size
     unit = math.lcm(2, train.num_devices) if train.batch_size % 2 == 0 else train.num_devices
-    return max(unit, round(train.batch_size * block_size / length / unit) * unit)
+    return max(unit, round(number / unit) * unit)

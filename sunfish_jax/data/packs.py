@@ -6,6 +6,8 @@ import math
 import numpy as np
 from ml_collections import ConfigDict
 
+from sunfish_jax.data.buckets import evenly_shared
+
 # The longest rows of which a pack has room for about so many.
 _LONGEST_ROWS = 2
 # Positions of a pass are a multiple of this, as XLA:CPU's products like them.
@@ -71,13 +73,8 @@ def balanced_packs(rows: np.ndarray, lengths: np.ndarray, rows_per_pack: int, rn
 
 
 def packs_per_pass(config: ConfigDict) -> int:
-    """P, the packs of one forward pass: each has room for about two of the longest rows.
-
-    A multiple of the number of devices, and even where `batch_size` is: so one and two devices share packs alike.
-    """
-    train = config.train
-    unit = math.lcm(2, train.num_devices) if train.batch_size % 2 == 0 else train.num_devices
-    return max(unit, round(train.batch_size / _LONGEST_ROWS / unit) * unit)
+    """P, the packs of one forward pass, which devices share: each has room for about two of the longest rows."""
+    return evenly_shared(config.train.batch_size / _LONGEST_ROWS, config.train)
 
 
 def rows_per_pack(lengths: np.ndarray, config: ConfigDict) -> int:

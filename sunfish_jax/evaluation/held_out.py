@@ -2,7 +2,7 @@
 
 The training loss is no measure of progress: under the learned schedule its mean is about H / 2 however good
 the model is. These figures are: the noise levels, the rows and the noise never change during a run
-(but with `train.batch_size`, by which the rows are put into batches).
+(unless it goes on with another `train.batch_size` or `num_devices`, by which the rows are put into batches).
 """
 
 import functools

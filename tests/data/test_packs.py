@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import default, mini, nano
+from configs import default, full, mini, nano, tiny
 from sunfish_jax.data.packs import Packs, balanced_packs, pack_size, packs_per_pass, rows_per_pack
 
 
@@ -60,7 +60,7 @@ def test_packs_of_a_pass_are_shared_by_devices(batch_size, num_devices, expected
     assert packs_per_pass(config) == expected
 
 
-@pytest.mark.parametrize("config", [default, mini, nano])
+@pytest.mark.parametrize("config", [default, full, mini, nano, tiny])
 def test_in_each_step_the_same_packs_have_an_estimate(config):
     config = config.get_config()
     packs = config.train.accumulate_steps * packs_per_pass(config)
