@@ -115,7 +115,8 @@ def test_few_rows_wait_in_a_small_corpus():
     batches = [source[step] for step in range(30 * source.steps_per_epoch)]
     for batch in batches:
         check_whole(batch, split)
-    assert np.mean([(batch.lengths == 0).mean() for batch in batches]) < 0.02
+    # Were they not to lose padding first, three times as many would wait.
+    assert 0 < np.mean([(batch.lengths == 0).mean() for batch in batches]) < 0.005
 
 
 def test_one_and_two_devices_are_given_the_same():
