@@ -203,7 +203,7 @@ def make_twin_step(config: ConfigDict, model: CausalTransformer, mesh: Mesh) -> 
     no_counts = np.zeros(model.vocab_size)
     shardings = state_shardings(jax.eval_shape(lambda: create_twin_state(config, model, no_counts)), mesh)
     gradient_shardings = shardings.params, NamedSharding(mesh, P())
-    return TrainStep.sharded(batch_gradients, update, mesh, shardings, gradient_shardings)
+    return TrainStep.sharded(batch_gradients, update, mesh, shardings, gradient_shardings, model.dtype)
 
 
 def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int) -> bool:

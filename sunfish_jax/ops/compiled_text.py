@@ -13,7 +13,8 @@ def slow_matrix_products(compiled_text: str) -> list[str]:
     """The matrix products outside XLA:CPU's fast library.
 
     A fast product stands in a computation that a `__ynn_fusion` calls. One that stands anywhere else runs as a
-    plain loop, or is converted to float32 first: 2 to 5 times slower for the sizes of a transformer.
+    plain loop, or is converted to float32 first: 2 to 5 times slower for the sizes of a transformer. Products of
+    float32 alone may be left to Eigen on purpose.
 
     Args:
       compiled_text: `jax.jit(f).lower(...).compile().as_text()`.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sunfish_jax.ops.dense import kernel_gradient, times_transposed
+from sunfish_jax.ops.dense import input_gradient, kernel_gradient
 
 
 def token_logits(features: jax.Array, table: jax.Array, bias: jax.Array) -> jax.Array:
@@ -77,7 +77,7 @@ def _cross_entropy_forward(features, table, bias, targets):
 def _cross_entropy_backward(residuals, g):
     features, table, no_gradient, slope, total = residuals
     scale = g[:, None] / total
-    d_features = scale * times_transposed(slope, table)
+    d_features = scale * input_gradient(slope, table)
     d_table = kernel_gradient((features.astype(jnp.float32) * scale).astype(table.dtype), slope)
     return d_features.astype(features.dtype), d_table, no_gradient, None
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from sunfish_jax.ops.eigen import in_eigen
+
 
 def transposed_copy(x: jax.Array) -> jax.Array:
     """Swaps the last two dimensions and stores the result row by row.
@@ -50,11 +52,17 @@ def _dense_forward(x, kernel):
 def _dense_backward(residuals, g):
     x, kernel, like_x = residuals
     g = g.astype(kernel.dtype)
-    return times_transposed(g, kernel).astype(like_x.dtype), kernel_gradient(x, g)
+    return input_gradient(g, kernel).astype(like_x.dtype), kernel_gradient(x, g)
 
 
-def times_transposed(left: jax.Array, right: jax.Array) -> jax.Array:
-    """left @ right.T, float32, for left [N, M] and right [K, M]: what the gradient of a dense layer's input is."""
+def input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
+    """g @ kernel.T, float32, for g [N, M] and kernel [K, M]: the gradient with respect to a dense layer's input."""
+    if in_eigen(kernel.dtype):
+        return jnp.dot(g, transposed_copy(kernel), preferred_element_type=jnp.float32)
+    return _times_transposed(g, kernel)
+
+
+def _times_transposed(left, right):
     return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -92,7 +100,7 @@ def _mlp_forward(x, kernel_in, kernel_out):
     low = x.astype(kernel_in.dtype)
     hidden = jnp.dot(low, kernel_in, preferred_element_type=jnp.float32)
     squared = jnp.square(jax.nn.relu(hidden)).astype(kernel_in.dtype)
-    y = times_transposed(squared, kernel_out)
+    y = _times_transposed(squared, kernel_out)
     return y, (low, squared, kernel_in, kernel_out, jnp.zeros((0,), x.dtype))
 
 
@@ -103,7 +111,7 @@ def _mlp_backward(residuals, g):
     d_squared = jnp.dot(g, kernel_out, preferred_element_type=jnp.float32)
     d_hidden = (2.0 * jnp.sqrt(squared.astype(jnp.float32)) * d_squared).astype(kernel_in.dtype)
     d_kernel_in = kernel_gradient(low, d_hidden)
-    return times_transposed(d_hidden, kernel_in).astype(like_x.dtype), d_kernel_in, d_kernel_out
+    return input_gradient(d_hidden, kernel_in).astype(like_x.dtype), d_kernel_in, d_kernel_out
 
 
 squared_relu_mlp.defvjp(_mlp_forward, _mlp_backward)

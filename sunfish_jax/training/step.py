@@ -17,6 +17,7 @@ from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule, fit_schedule
 from sunfish_jax.models.denoiser import TextDenoiser, compute_params
+from sunfish_jax.ops.eigen import compiler_options
 from sunfish_jax.training.passes import device_gradients, targets
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, state_shardings
 from sunfish_jax.training.state import (
@@ -45,18 +46,32 @@ class TrainStep:
 
     @classmethod
     def sharded(
-        cls, gradients: Callable, update: Callable, mesh: Mesh, state_shardings: Any, gradient_shardings: Any
+        cls,
+        gradients: Callable,
+        update: Callable,
+        mesh: Mesh,
+        state_shardings: Any,
+        gradient_shardings: Any,
+        dtype: jnp.dtype,
     ) -> "TrainStep":
-        """Jits the two functions for a state and gradients that lie on the mesh in this way."""
+        """Jits the two functions for a state and gradients that lie on the mesh in this way.
+
+        `dtype` is that of their matrix products.
+        """
+        options = compiler_options(dtype)
         return cls(
             jax.jit(
-                gradients, in_shardings=(state_shardings, batch_sharding(mesh)), out_shardings=gradient_shardings
+                gradients,
+                in_shardings=(state_shardings, batch_sharding(mesh)),
+                out_shardings=gradient_shardings,
+                compiler_options=options,
             ),
             jax.jit(
                 update,
                 donate_argnums=0,
                 in_shardings=(state_shardings, gradient_shardings),
                 out_shardings=(state_shardings, None),
+                compiler_options=options,
             ),
         )
 
@@ -180,7 +195,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
     shardings = state_shardings(jax.eval_shape(lambda: create_state(config, model)), mesh)
     whole = NamedSharding(mesh, P())
     gradient_shardings = BatchGradients(shardings.params, whole, shardings.schedule, shardings.schedule_opt_state)
-    return TrainStep.sharded(batch_gradients, update, mesh, shardings, gradient_shardings)
+    return TrainStep.sharded(batch_gradients, update, mesh, shardings, gradient_shardings, model.dtype)
 
 
 def ema_decay(decay: float, step: jax.Array) -> jax.Array:

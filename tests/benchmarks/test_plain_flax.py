@@ -83,7 +83,8 @@ def test_the_trees_hold_the_same_weights(model, state):
 
 def test_its_step_trains_from_our_loss_on(config, model, state):
     batch, mesh = random_batch(config, ENCODER.output_dim), make_mesh(1)
-    gradients = make_train_step(config, model, mesh).gradients
+    # The function itself: with options of its own, a jitted one cannot be part of another.
+    gradients = make_train_step(config, model, mesh).gradients.__wrapped__
     # Of the whole step only what the loss takes is compiled.
     ours = jax.jit(lambda *given: gradients(*given).loss, compiler_options=QUICKLY)(state, as_packs(batch))
     plain_state = make_plain_state(config, plain_params(state.params), mesh)

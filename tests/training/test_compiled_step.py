@@ -42,21 +42,20 @@ def abstract_batch(config, size=512, rows=4, longest=144, prompt_length=16):
     )
 
 
-def step_and_arguments():
+def step_and_arguments(dtype="bfloat16"):
     # micro's shapes with two of its layers: every kind of product, at a fraction of the compile time.
     config = micro.get_config()
     config.model.num_layers = 2
-    config.model.compute_dtype = "bfloat16"
+    config.model.compute_dtype = dtype
     config.train.accumulate_steps = 2
     model = make_model(config, config.tokenizer.vocab_size, ENCODER)
     state = jax.eval_shape(lambda: create_state(config, model))
     return make_train_step(config, model, make_mesh(1)), state, abstract_batch(config)
 
 
-@pytest.fixture(scope="module")
-def compiled_texts(compiled_as_shipped):
+def compiled_texts(dtype):
     """Of the step's two programs, apart: a name in one may be that of something else in the other."""
-    step, state, batch = step_and_arguments()
+    step, state, batch = step_and_arguments(dtype)
     gradients = step.gradients.lower(state, batch)
     update = step.update.lower(state, gradients.out_info)
     return {"gradients": gradients.compile().as_text(), "update": update.compile().as_text()}
@@ -65,12 +64,22 @@ def compiled_texts(compiled_as_shipped):
 # A layer has six dense products and four of attention, each with two gradients: 60 in two layers, and as many again
 # are in the first pass of self-conditioning, forward only, and around the layers. Muon has eleven products for each
 # of nine shapes of kernels.
-@pytest.mark.parametrize(("program", "at_least"), [("gradients", 80), ("update", 9 * 11)])
-def test_every_matrix_product_of_the_step_is_fast(compiled_texts, program, at_least):
-    text = compiled_texts[program]
-    assert count_matrix_products(text) >= at_least
-    assert slow_matrix_products(text) == []
-    assert float32_matrix_products(text) == []
+AT_LEAST = {"gradients": 80, "update": 9 * 11}
+
+
+def test_every_matrix_product_of_the_step_is_fast():
+    for program, text in compiled_texts("bfloat16").items():
+        assert count_matrix_products(text) >= AT_LEAST[program]
+        assert slow_matrix_products(text) == []
+        assert float32_matrix_products(text) == []
+
+
+def test_every_matrix_product_of_the_step_in_float32_is_left_to_eigen():
+    for program, text in compiled_texts("float32").items():
+        # Outside the fast library, but for the few that lead into a reduction.
+        assert len(slow_matrix_products(text)) >= 0.9 * count_matrix_products(text) >= 0.9 * AT_LEAST[program]
+        # As they are stored: of a transposed operand Eigen makes a copy of its own, piece by piece.
+        assert "lhs_contracting_dims={0}" not in text
 
 
 def test_a_single_plain_dense_layer_is_noticed(monkeypatch):
