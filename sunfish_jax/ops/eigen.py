@@ -1,4 +1,4 @@
-"""Which of XLA:CPU's two libraries multiplies the matrices of training: its fast one, or in float32 Eigen."""
+"""Which of XLA:CPU's two libraries multiplies the matrices of a gradient: its fast one, or in float32 Eigen."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ _POSITIONS_AT_ONCE = 2048
 
 
 def in_eigen(dtype: jnp.dtype) -> bool:
-    """Whether training multiplies matrices of this dtype in Eigen.
+    """Whether forward and backward passes multiply matrices of this dtype in Eigen.
 
     In float32 Eigen is the faster one for the products of layers, if they come without a transposed operand
     (docs/performance.md); it has no bfloat16 instructions.
@@ -19,7 +19,7 @@ def in_eigen(dtype: jnp.dtype) -> bool:
 
 
 def compiler_options(dtype: jnp.dtype) -> dict[str, str]:
-    """What to jit a program of training with, whose products are of this dtype."""
+    """What to jit gradients with whose products are of this dtype."""
     return _WITHOUT_PRODUCTS if in_eigen(dtype) else {}
 
 
