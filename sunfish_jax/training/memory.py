@@ -12,8 +12,7 @@ from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.data.packs import packs_per_pass
 from sunfish_jax.models.denoiser import TABLES, TextDenoiser, compute_params
 from sunfish_jax.models.prompt import Prompt, round_up
-from sunfish_jax.ops.eigen import passes_at_once
-from sunfish_jax.training.passes import draw_packs, joined, pass_loss
+from sunfish_jax.training.passes import draw_packs, pass_loss
 from sunfish_jax.training.sharding import batch_sharding, state_shardings
 from sunfish_jax.training.state import create_state
 from sunfish_jax.training.step import make_train_step
@@ -27,7 +26,7 @@ class StepMemory:
       state: its share of parameters, averages and moments.
       parameters: the whole parameters in the compute dtype, read by the forward and backward passes.
       gradients: the whole accumulated gradients, float32.
-      activations: what one forward pass, or those made at once, keep for the backward pass.
+      activations: what one microbatch's forward pass keeps for its backward pass.
     """
 
     state: int
@@ -68,8 +67,7 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
         shape = batch.lengths.shape
         keys, numbers = jax.random.split(jax.random.key(0), 3), jnp.zeros(shape[:2], jnp.int32)
         drawn = draw_packs(batch, jnp.zeros(shape), keys, numbers, config.diffusion.conditioning_dropout)
-        at_once = passes_at_once(model.dtype, shape[0], shape[1] * batch.tokens.shape[-1])
-        packs = jax.tree.map(lambda leaf: leaf[0], joined(drawn, at_once))
+        packs = jax.tree.map(lambda leaf: leaf[0], drawn)
         x_hat = jnp.zeros((*packs.tokens.shape, model.embedding_dim))
         return jax.vjp(lambda p, v: pass_loss(model, p, v, packs, x_hat, 1.0), params, vocabulary, has_aux=True)[1]
 

@@ -13,7 +13,6 @@ from sunfish_jax.diffusion.process import diffuse
 from sunfish_jax.diffusion.self_conditioning import first_estimates, self_conditioned_packs
 from sunfish_jax.models.denoiser import TextDenoiser, Vocabulary
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.ops.eigen import passes_at_once
 from sunfish_jax.ops.rows import PackedRows
 from sunfish_jax.training.sharding import DATA_AXIS
 
@@ -133,7 +132,7 @@ def device_gradients(
       Float32 gradients with respect to `params` (without what they do through the vocabulary) and to `vocabulary`,
       and each row's summed loss and its number of targets, [A, P, b, 2].
     """
-    num_passes, num_packs, num_rows = gamma.shape
+    num_passes, num_packs, _ = gamma.shape
     num_devices, device = jax.lax.axis_size(DATA_AXIS), jax.lax.axis_index(DATA_AXIS)
     first_packs = num_packs * (num_devices * jnp.arange(num_passes) + device)
     numbers = first_packs[:, None] + jnp.arange(num_packs)
@@ -147,14 +146,7 @@ def device_gradients(
         return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradients), of_rows
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (params, vocabulary))
-    at_once = passes_at_once(model.dtype, num_passes, num_packs * batch.tokens.shape[-1])
-    gradients, of_rows = jax.lax.scan(accumulate, zeros, joined((packs, x_hat), at_once))
-    return gradients, of_rows.reshape(num_passes, num_packs, num_rows, -1)
-
-
-def joined(passes: Any, at_once: int) -> Any:
-    """Each `at_once` passes as one with all of their packs: arrays [A, P, ...] -> [A / at_once, at_once P, ...]."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, at_once * leaf.shape[1], *leaf.shape[2:]), passes)
+    return jax.lax.scan(accumulate, zeros, (packs, x_hat))
 
 
 def estimates(model, params, vocabulary, packs: DrawnPacks, chosen: jax.Array) -> jax.Array:

@@ -383,13 +383,11 @@ def test_estimates_are_the_models_own_for_each_row_by_itself(model, new_state):
             np.testing.assert_allclose(got[index, span], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("positions_at_once", [0, 2048])
-def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, new_state, monkeypatch, positions_at_once):
-    """All passes, by themselves or at once, and both ways to the tables: one automatic gradient of the whole."""
-    monkeypatch.setattr("sunfish_jax.ops.eigen._POSITIONS_AT_ONCE", positions_at_once)
+def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, step, new_state):
+    """All passes and both ways to the tables, against one automatic gradient of the whole."""
     state = moved(new_state())
     batch = jax.tree.map(jnp.asarray, random_batch())
-    got = make_train_step(config, model, make_mesh(1)).gradients(state, batch)
+    got = step.gradients(state, batch)
 
     @jax.jit
     @jax.value_and_grad
