@@ -34,9 +34,6 @@ from sunfish_jax.workdir.writers import make_writer, metric_writers
 
 # Long steps are reported before `logging.every_steps` of them are done.
 _SECONDS_BETWEEN_LINES = 30.0
-# Between the pieces in use freed ones add up from step to step, to a quarter of a gigabyte with `micro`. There they
-# are given back in 0.03 s.
-_SECONDS_BETWEEN_GIVING_BACK = 5.0
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -224,7 +221,7 @@ class Loop:
 
     def __post_init__(self):
         self._losses: list[float] = []
-        self._last_line = self._gave_back = -math.inf
+        self._last_line = -math.inf
         self._done_once: set[str] = set()
 
     def run(self, state: TrainState, train_step: CompiledStep, batches: Iterator[PackedBatch]) -> TrainState:
@@ -240,7 +237,6 @@ class Loop:
             batch = next(batches)
             compiling = train_step.compile(state, batch)
             state, metrics = train_step(state, batch)
-            self._give_back_memory()
             progress.add_compiling(compiling)
             progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
             self._check_finite(metrics)
@@ -271,12 +267,6 @@ class Loop:
                 flush=True,
             )
         return state
-
-    def _give_back_memory(self):
-        now = time.monotonic()
-        if now - self._gave_back >= _SECONDS_BETWEEN_GIVING_BACK:
-            give_back_freed_memory()
-            self._gave_back = now
 
     def _is_due(self, every_steps: int) -> bool:
         return self.progress.step % every_steps == 0 or self.progress.step == self.progress.num_steps

@@ -8,18 +8,21 @@ import pytest
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# Counts the page faults of filling a large block.
+# Counts the page faults of filling a large block, and of filling it again.
 SCRIPT = """
 import ctypes, os, resource, sys
-from sunfish_jax.ops.allocator import restart_with_huge_pages
-restart_with_huge_pages()
+from sunfish_jax.ops.allocator import restart_with_kept_huge_pages
+restart_with_kept_huge_pages()
 print(sys.argv[1:], os.environ["GLIBC_TUNABLES"])
 libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 size = 256 * 2**20
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-ctypes.memset(libc.malloc(size), 1, size)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    libc.free(block)
 """
 
 
@@ -27,23 +30,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(
     not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this kernel gives no huge pages"
 )
-@pytest.mark.parametrize("tunables", ["", "glibc.malloc.check=0"])
-def test_the_restarted_process_uses_huge_pages(tunables):
+@pytest.mark.parametrize("tunables", ["", "glibc.malloc.check=0", "glibc.malloc.hugetlb=1"])
+def test_the_restarted_process_uses_huge_pages_and_keeps_them(tunables):
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     if tunables:
         environment["GLIBC_TUNABLES"] = tunables
     command = [sys.executable, "-c", SCRIPT, "first", "--second=2"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    seen, faults = done.stdout.splitlines()
-    assert seen == f"['first', '--second=2'] {tunables}{':' if tunables else ''}glibc.malloc.hugetlb=1"
+    seen, first, again = done.stdout.splitlines()
+    arguments, _, setting = seen.partition("] ")
+    assert arguments == "['first', '--second=2'"
+    assert setting.startswith(tunables) and setting.count("glibc.malloc.hugetlb=1") == 1
     # 65,536 small pages; huge ones are 512 times as large.
-    assert int(faults) < 6000
+    assert int(first) < 6000
+    assert int(again) < 20
 
 
 # Frees many small blocks below one that stays, which keeps glibc from giving them back by itself.
 FREEING = """
 import ctypes
-from sunfish_jax.ops.allocator import give_back_freed_memory
+from sunfish_jax.ops.allocator import give_back_freed_memory, restart_with_kept_huge_pages
+restart_with_kept_huge_pages()
 
 def resident_megabytes():
     with open("/proc/self/statm") as file:
