@@ -1,9 +1,11 @@
 """Large arrays in huge pages of memory that the process keeps."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 
 _VARIABLE = "GLIBC_TUNABLES"
 _NEVER = 2**62  # a size that nothing has
@@ -15,6 +17,8 @@ _TUNABLES = {
     # With so much free at its end the heap shrinks.
     "glibc.malloc.trim_threshold": _NEVER,
 }
+# Small blocks that a program's results put into the reserve before its temporaries.
+_SLACK = 64 * 2**20
 
 
 def restart_with_kept_huge_pages() -> None:
@@ -37,14 +41,61 @@ def restart_with_kept_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def give_back_freed_memory() -> None:
-    """Returns to the system what glibc keeps of the memory that was freed. Off glibc nothing happens.
-
-    The compiler frees half a gigabyte in small pieces for a large step, which otherwise stays with the process.
-    """
-    if _is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def _is_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
+
+
+class Reserve:
+    """A place in the heap for the temporaries of programs, kept from everything else while none of them runs.
+
+    One small block in the middle of it, and the next execution would take as much memory again beside it. Off
+    glibc nothing is reserved.
+    """
+
+    def __init__(self):
+        self._size, self._block = 0, None
+        self._libc = ctypes.CDLL(None) if _is_glibc() else None
+        if self._libc:
+            self._libc.malloc.restype, self._libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+            self._libc.free.restype, self._libc.free.argtypes = None, [ctypes.c_void_p]
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Within it the place is free for a program to take."""
+        if self._libc:
+            self._libc.free(self._block)
+            self._block = None
+        try:
+            yield
+        finally:
+            if self._libc and self._size:
+                self._block = self._libc.malloc(self._size)
+
+    def enlarge(self, size: int) -> None:
+        """Makes it at least `size` bytes large; they become resident when a program first writes to them."""
+        with self.lent():
+            self._size = max(self._size, size)
+
+
+_RESERVE = Reserve()  # One for the process, as its heap is.
+
+
+def reserve_memory(temporaries: int) -> None:
+    """Reserves memory for a program that takes `temporaries` bytes when it runs within `reserved_memory`."""
+    _RESERVE.enlarge(temporaries + _SLACK)
+
+
+def reserved_memory() -> contextlib.AbstractContextManager[None]:
+    """What programs run within that memory was reserved for."""
+    return _RESERVE.lent()
+
+
+def give_back_freed_memory() -> None:
+    """Returns to the system what glibc keeps of the memory that was freed, and what lies in the reserve.
+
+    The compiler frees half a gigabyte in small pieces for a large step, which otherwise stays with the process. Off
+    glibc nothing happens.
+    """
+    with _RESERVE.lent():
+        if _is_glibc():
+            ctypes.CDLL(None).malloc_trim(0)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import PackedBatch, batch_iterator
 from sunfish_jax.errors import UserError
-from sunfish_jax.ops.allocator import give_back_freed_memory
+from sunfish_jax.ops.allocator import give_back_freed_memory, reserve_memory, reserved_memory
 from sunfish_jax.ops.awake import awake_cores
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.init_from import init_state, init_tokenizer
@@ -181,7 +181,9 @@ class CompiledStep:
         if longest in self._compiled:
             return 0.0
         began = time.monotonic()
-        self._compiled[longest] = self._step.compile(state, batch)
+        give_back_freed_memory()
+        self._compiled[longest], temporaries = self._step.compile(state, batch)
+        reserve_memory(temporaries)
         _drop_unowned_programs()
         seconds = time.monotonic() - began
         print(f"compiled the step for rows of up to {longest} tokens in {seconds:.1f}s", flush=True)
@@ -189,7 +191,8 @@ class CompiledStep:
 
     def __call__(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, float]]:
         """One optimiser step. The old state is given up; returns when the new one is computed."""
-        state, metrics = self._compiled[batch.longest](state, batch)
+        with reserved_memory():
+            state, metrics = self._compiled[batch.longest](state, batch)
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
@@ -278,6 +281,7 @@ class Loop:
         and are back from the compilation cache in seconds.
         """
         began = time.monotonic()
+        give_back_freed_memory()
         result = action()
         _drop_unowned_programs()
         if name not in self._done_once:

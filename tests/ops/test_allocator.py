@@ -73,3 +73,45 @@ print(before - resident_megabytes())
 def test_freed_memory_goes_back_to_the_system():
     done = subprocess.run([sys.executable, "-c", FREEING], check=True, capture_output=True, text=True)
     assert float(done.stdout) > 80
+
+
+# A program runs twice, with a result that stays, and so do small blocks made after it; then memory is given back.
+RESERVING = """
+import ctypes
+from sunfish_jax.ops.allocator import (
+    give_back_freed_memory, reserve_memory, reserved_memory, restart_with_kept_huge_pages
+)
+restart_with_kept_huge_pages()
+
+def resident_megabytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+begun = resident_megabytes()
+
+def run():
+    with reserved_memory():
+        block = libc.malloc(200 * 2**20)
+        libc.malloc(2**20)  # a result, above it
+        ctypes.memset(block, 1, 200 * 2**20)
+        libc.free(block)
+
+reserve_memory(200 * 2**20)
+for _ in range(2):
+    run()
+    for _ in range(10):
+        ctypes.memset(libc.malloc(2**20), 1, 2**20)
+held = resident_megabytes()
+give_back_freed_memory()
+print(held - begun, resident_megabytes() - begun)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there something is reserved")
+def test_small_blocks_do_not_take_the_place_of_temporaries():
+    done = subprocess.run([sys.executable, "-c", RESERVING], check=True, capture_output=True, text=True)
+    held, after = map(float, done.stdout.split())
+    assert 200 < held < 300
+    assert 15 < after < 60
