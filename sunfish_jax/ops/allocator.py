@@ -17,8 +17,8 @@ _TUNABLES = {
     # With so much free at its end the heap shrinks.
     "glibc.malloc.trim_threshold": _NEVER,
 }
-# Small blocks that a program's results put into the reserve before its temporaries.
-_SLACK = 64 * 2**20
+# What small results of programs may take of the reserve before it has to lie elsewhere.
+_ROOM_FOR_RESULTS = 64 * 2**20
 
 
 def restart_with_kept_huge_pages() -> None:
@@ -62,19 +62,27 @@ class Reserve:
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
         """Within it the place is free for a program to take."""
-        if self._libc:
-            self._libc.free(self._block)
-            self._block = None
+        self._free()
         try:
             yield
         finally:
-            if self._libc and self._size:
-                self._block = self._libc.malloc(self._size)
+            self._allocate(self._size)
 
     def enlarge(self, size: int) -> None:
         """Makes it at least `size` bytes large; they become resident when a program first writes to them."""
-        with self.lent():
-            self._size = max(self._size, size)
+        if size > self._size:
+            self._free()
+            self._size = size
+            self._allocate(size + _ROOM_FOR_RESULTS)
+
+    def _free(self) -> None:
+        if self._libc:
+            self._libc.free(self._block)
+        self._block = None
+
+    def _allocate(self, size: int) -> None:
+        if self._libc and size:
+            self._block = self._libc.malloc(size)
 
 
 _RESERVE = Reserve()  # One for the process, as its heap is.
@@ -82,7 +90,7 @@ _RESERVE = Reserve()  # One for the process, as its heap is.
 
 def reserve_memory(temporaries: int) -> None:
     """Reserves memory for a program that takes `temporaries` bytes when it runs within `reserved_memory`."""
-    _RESERVE.enlarge(temporaries + _SLACK)
+    _RESERVE.enlarge(temporaries)
 
 
 def reserved_memory() -> contextlib.AbstractContextManager[None]:

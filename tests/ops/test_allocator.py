@@ -93,10 +93,13 @@ begun = resident_megabytes()
 
 def run():
     with reserved_memory():
+        libc.malloc(2**20)  # a result
         block = libc.malloc(200 * 2**20)
-        libc.malloc(2**20)  # a result, above it
+        above = libc.malloc(100 * 2**20)  # another one, until it was used
+        libc.malloc(2**20)
         ctypes.memset(block, 1, 200 * 2**20)
         libc.free(block)
+        libc.free(above)
 
 reserve_memory(200 * 2**20)
 for _ in range(2):
