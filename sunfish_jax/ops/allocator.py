@@ -61,7 +61,7 @@ class Reserve:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Within it the place is free for a program to take."""
+        """What the programs run within: there the place is free for them to take."""
         self._free()
         try:
             yield
@@ -85,17 +85,8 @@ class Reserve:
             self._block = self._libc.malloc(size)
 
 
-_RESERVE = Reserve()  # One for the process, as its heap is.
-
-
-def reserve_memory(temporaries: int) -> None:
-    """Reserves memory for a program that takes `temporaries` bytes when it runs within `reserved_memory`."""
-    _RESERVE.enlarge(temporaries)
-
-
-def reserved_memory() -> contextlib.AbstractContextManager[None]:
-    """What programs run within that memory was reserved for."""
-    return _RESERVE.lent()
+# One for the process, as its heap is.
+RESERVE = Reserve()
 
 
 def give_back_freed_memory() -> None:
@@ -104,6 +95,6 @@ def give_back_freed_memory() -> None:
     The compiler frees half a gigabyte in small pieces for a large step, which otherwise stays with the process. Off
     glibc nothing happens.
     """
-    with _RESERVE.lent():
+    with RESERVE.lent():
         if _is_glibc():
             ctypes.CDLL(None).malloc_trim(0)

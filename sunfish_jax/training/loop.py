@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import PackedBatch, batch_iterator
 from sunfish_jax.errors import UserError
-from sunfish_jax.ops.allocator import give_back_freed_memory, reserve_memory, reserved_memory
+from sunfish_jax.ops.allocator import RESERVE, give_back_freed_memory
 from sunfish_jax.ops.awake import awake_cores
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.init_from import init_state, init_tokenizer
@@ -183,7 +183,7 @@ class CompiledStep:
         began = time.monotonic()
         give_back_freed_memory()
         self._compiled[longest], temporaries = self._step.compile(state, batch)
-        reserve_memory(temporaries)
+        RESERVE.enlarge(temporaries)
         _drop_unowned_programs()
         seconds = time.monotonic() - began
         print(f"compiled the step for rows of up to {longest} tokens in {seconds:.1f}s", flush=True)
@@ -191,7 +191,7 @@ class CompiledStep:
 
     def __call__(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, float]]:
         """One optimiser step. The old state is given up; returns when the new one is computed."""
-        with reserved_memory():
+        with RESERVE.lent():
             state, metrics = self._compiled[batch.longest](state, batch)
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 

@@ -46,10 +46,9 @@ def test_the_restarted_process_uses_huge_pages_and_keeps_them(tunables):
     assert int(again) < 20
 
 
-# Frees many small blocks below one that stays, which keeps glibc from giving them back by itself.
-FREEING = """
+PREPARED = """
 import ctypes
-from sunfish_jax.ops.allocator import give_back_freed_memory, restart_with_kept_huge_pages
+from sunfish_jax.ops.allocator import RESERVE, give_back_freed_memory, restart_with_kept_huge_pages
 restart_with_kept_huge_pages()
 
 def resident_megabytes():
@@ -58,6 +57,10 @@ def resident_megabytes():
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+"""
+
+# Frees many small blocks below one that stays, which keeps glibc from giving them back by itself.
+FREEING = """
 blocks = [libc.malloc(10_000) for _ in range(10_000)]
 for block in blocks:
     ctypes.memset(block, 1, 10_000)
@@ -71,34 +74,22 @@ print(before - resident_megabytes())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the function is glibc's")
 def test_freed_memory_goes_back_to_the_system():
-    done = subprocess.run([sys.executable, "-c", FREEING], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PREPARED + FREEING], check=True, capture_output=True, text=True)
     assert float(done.stdout) > 80
 
 
 # A program runs twice, and small blocks that stay are made between; then memory is given back.
 RESERVING = """
-import ctypes
-from sunfish_jax.ops.allocator import (
-    give_back_freed_memory, reserve_memory, reserved_memory, restart_with_kept_huge_pages
-)
-restart_with_kept_huge_pages()
-
-def resident_megabytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 size = 200 * 2**20
 
 def run():
-    with reserved_memory():
+    with RESERVE.lent():
         block = libc.malloc(size)
         ctypes.memset(block, 1, size)
         libc.free(block)
     return block
 
-reserve_memory(size)
+RESERVE.enlarge(size)
 place = run()
 inside = [place <= libc.malloc(2**20) < place + size for _ in range(50)]
 again = run()
@@ -110,7 +101,7 @@ print(sum(inside), again - place, held - resident_megabytes())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there something is reserved")
 def test_small_blocks_do_not_take_the_place_of_temporaries():
-    done = subprocess.run([sys.executable, "-c", RESERVING], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PREPARED + RESERVING], check=True, capture_output=True, text=True)
     inside, moved, given_back = map(float, done.stdout.split())
     assert inside == 0 and moved == 0
     assert given_back > 190
