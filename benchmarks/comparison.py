@@ -215,8 +215,7 @@ def make_state(config: ConfigDict, prepared: Prepared, mesh: Mesh) -> TrainState
 
 def our_steps(config: ConfigDict, model: TextDenoiser, mesh: Mesh, state: TrainState) -> JaxSteps:
     """Our training steps from a state, on cores as awake as in training."""
-    step = make_train_step(config, model, mesh)
-    return JaxSteps(lambda state, batch: step.compile(state, batch)[0], state, awake_cores)
+    return JaxSteps(make_train_step(config, model, mesh).compile, state, awake_cores)
 
 
 def check_same_function(model: TextDenoiser, params: Mapping[str, Any], torch: TorchProcess | None) -> None:

@@ -5,7 +5,7 @@ import signal
 import threading
 from pathlib import Path
 
-from sunfish_jax.ops.allocator import restart_with_kept_huge_pages
+from sunfish_jax.ops.allocator import restart_with_huge_pages
 from sunfish_jax.unfinished import remove_unfinished
 
 
@@ -15,7 +15,7 @@ def prepare_process(num_cpu_devices: int = 1) -> None:
     Args:
         num_cpu_devices: host devices that a CPU is presented as.
     """
-    restart_with_kept_huge_pages()
+    restart_with_huge_pages()
     # Nothing here needs PyTorch, so its absence is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
@@ -27,8 +27,6 @@ def prepare_process(num_cpu_devices: int = 1) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jax.config.update("jax_compilation_cache_dir", str(cache / "sunfish_jax" / f"jax-{cores}-cores"))
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
-    # In a thread of XLA's each program would get its memory from the system, and give it back.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def end_on_interrupt() -> None:

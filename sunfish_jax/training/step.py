@@ -79,8 +79,8 @@ class TrainStep:
 
     def compile(
         self, state: Any, batch: PackedBatch
-    ) -> tuple[Callable[[Any, PackedBatch], tuple[Any, dict[str, jax.Array]]], int]:
-        """The same function, compiled for batches of this shape, and the bytes of temporaries that it takes."""
+    ) -> Callable[[Any, PackedBatch], tuple[Any, dict[str, jax.Array]]]:
+        """The same function, compiled for batches of this shape."""
         lowered = self.gradients.lower(state, batch)
         # Compiling, or reading what was compiled before, is XLA's work, beside which Python can trace the update.
         with ThreadPoolExecutor(1) as thread:
@@ -88,8 +88,7 @@ class TrainStep:
             if self._compiled_update is None:
                 self._compiled_update = self.update.lower(state, lowered.out_info).compile()
         gradients, update = compiling.result(), self._compiled_update
-        temporaries = max(program.memory_analysis().temp_size_in_bytes for program in (gradients, update))
-        return lambda state, batch: update(state, gradients(state, batch)), temporaries
+        return lambda state, batch: update(state, gradients(state, batch))
 
 
 @flax.struct.dataclass

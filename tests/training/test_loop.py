@@ -136,6 +136,19 @@ def test_the_state_of_each_evaluation_is_saved(tmp_path):
     assert recorder.saved == {4: {"held_out": 7.0}, 6: None, 8: {"held_out": 11.0}, 10: {"held_out": 13.0}}
 
 
+def test_freed_memory_goes_back_every_few_seconds(tmp_path, monkeypatch):
+    clock, gave_back = [0.0], []
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop, "give_back_freed_memory", lambda: gave_back.append(clock[0]))
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_GIVING_BACK", 5.0)
+
+    def two_seconds():
+        clock[0] += 2.0
+
+    make_loop(tmp_path, Recorder()).run(0, FakeStep(after=dict.fromkeys(range(1, 11), two_seconds)), endless())
+    assert gave_back == [2.0, 8.0, 14.0, 20.0]
+
+
 def test_stop_finishes_the_step_saves_it_and_says_how_to_resume(tmp_path, capsys):
     recorder = Recorder()
     state = make_loop(tmp_path, recorder).run(0, FakeStep(after={6: recorder.ask}), endless())
@@ -192,7 +205,7 @@ def test_step_is_compiled_once_for_each_row_length(capsys):
         def compile(self, state, batch):
             length = batch.longest
             compiled.append(length)
-            return lambda state, batch: (state + length, {"loss": np.float32(1.5)}), 1000
+            return lambda state, batch: (state + length, {"loss": np.float32(1.5)})
 
     step, state = CompiledStep(Step()), 0
     for length in (8, 16, 8, 16, 8):

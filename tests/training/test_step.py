@@ -177,8 +177,7 @@ def test_the_compiled_step_is_the_same_and_its_update_is_compiled_once(step, new
     counting_step = TrainStep(step.gradients, CountingUpdate())
     losses = []
     for batch in (random_batch(), in_one_pass(random_batch())):
-        compiled_step, temporaries = counting_step.compile(state, batch)
-        assert temporaries > 0
+        compiled_step = counting_step.compile(state, batch)
         expected, _ = step(jax.tree.map(jnp.copy, state), batch)
         state, metrics = compiled_step(state, batch)
         losses.append(float(metrics["loss"]))
