@@ -35,8 +35,20 @@ def _turns(length: int, head_dim: int, first: jax.Array | int = 0) -> tuple[jax.
 
 
 def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x cos + (the other of each pair) sin. A roll stays in one loop with what surrounds it; two halves do not."""
-    return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
+    """x cos + (the other of each pair) sin."""
+    return x * cos + _halves_swapped(x) * sin
+
+
+def _halves_swapped(x: jax.Array) -> jax.Array:
+    """[..., d] with the two halves of the last dimension in each other's place.
+
+    A sum of two paddings stays in one loop with what surrounds it. A roll, which is a concatenation, does not where
+    positions are gathered, and takes two to three times as long.
+    """
+    half = x.shape[-1] // 2
+    around = [(0, 0, 0)] * (x.ndim - 1)
+    zero = jnp.zeros((), x.dtype)
+    return jax.lax.pad(x, zero, [*around, (-half, half, 0)]) + jax.lax.pad(x, zero, [*around, (half, -half, 0)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
