@@ -42,8 +42,8 @@ def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def _halves_swapped(x: jax.Array) -> jax.Array:
     """[..., d] with the two halves of the last dimension in each other's place.
 
-    A sum of two paddings stays in one loop with what surrounds it. A roll, which is a concatenation, does not where
-    positions are gathered, and takes two to three times as long.
+    A sum of two paddings stays in one loop with what surrounds it. A roll, which is a concatenation, has loops of
+    its own: with one, turning the pairs took up to three times as long.
     """
     half = x.shape[-1] // 2
     around = [(0, 0, 0)] * (x.ndim - 1)
