@@ -13,7 +13,7 @@ from sunfish_jax.models.layers import NoiseLevelFeatures, TransformerLayer, kern
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
-from sunfish_jax.ops.dense import dense, row_major
+from sunfish_jax.ops.dense import dense, transposed_copy
 from sunfish_jax.ops.rows import EqualRows, PackedRows
 
 # Parameters of two dimensions with these endings are kernels: matrices that features are multiplied with.
@@ -123,8 +123,9 @@ class TextDenoiser(nn.Module):
         norm = jnp.linalg.norm(self.raw_embedding, axis=-1, keepdims=True)
         embeddings = self.raw_embedding * (self.embedding_dim**0.5 / norm)
         # Turned here, once, so that no pass has to turn its gradient.
-        head = jnp.concatenate([embeddings.astype(self.dtype).T, self.head_table.astype(self.dtype).T])
-        return Vocabulary(embeddings, row_major(head), self.log_unigram)
+        parts = [transposed_copy(table.astype(self.dtype)) for table in (embeddings, self.head_table)]
+        head = jnp.concatenate(jax.lax.optimization_barrier(parts))
+        return Vocabulary(embeddings, head, self.log_unigram)
 
     def encode_prompt(self, prompt: Prompt) -> PromptKeysValues:
         """Keys and values of every layer for prompts [B, P]; a row without a prompt gets the null prompt."""

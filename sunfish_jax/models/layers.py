@@ -135,6 +135,15 @@ class _LayerParameters(NamedTuple):
     mlp_in: jax.Array
 
 
+@jax.custom_vjp
+def _gradient_made_once(x: jax.Array) -> jax.Array:
+    """x itself. XLA may not make its gradient again in each loop that reads it."""
+    return x
+
+
+_gradient_made_once.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+
+
 @functools.partial(jax.jit, static_argnames=("num_heads", "dropout_rate", "causal"))
 def _layer(parameters, x, rows: Rows, scales, prompts, dropout_seeds, first_site, num_heads, dropout_rate, causal):
     """What `TransformerLayer` does: jitted, so that it is traced and differentiated once for all layers.
@@ -152,7 +161,10 @@ def _layer(parameters, x, rows: Rows, scales, prompts, dropout_seeds, first_site
     def norm(x, scale, taps=None):
         scale = scale if scale.ndim == 1 else rows.spread(scale)
         h = rms_norm(x.reshape(-1, num_positions, width), scale).reshape(x.shape)
-        return h if taps is None else h + depthwise_convolution(h, taps, rows_of(x).reach(), causal)
+        if taps is None:
+            return h
+        h = _gradient_made_once(h)
+        return h + depthwise_convolution(h, taps, rows_of(x).reach(), causal)
 
     def residual(x, branch, site):
         return x + dropout(branch, dropout_seeds, first_site + site, dropout_rate)

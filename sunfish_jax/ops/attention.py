@@ -11,12 +11,16 @@ _MASKED = -1e9
 
 
 def _batched(a: jax.Array, b: jax.Array, b_axis: int) -> jax.Array:
-    """Contracts the last dimension of a [B, H, M, K] with dimension `b_axis` (2 or 3) of b; float32.
+    """Contracts the last dimension of a [B, H, M, K] with dimension `b_axis` of b.
 
-    Asked for a bfloat16 result XLA:CPU may widen the operands and multiply those.
+    Args:
+      a: [B, H, M, K].
+      b: [B, H, N, K] for axis 3, where what comes out are scores or their gradients, which stay float32;
+        [B, H, K, N] for axis 2, where it is rounded to b's dtype.
     """
     dimensions = (((3,), (b_axis,)), ((0, 1), (0, 1)))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    dtype = jnp.float32 if b_axis == 3 else b.dtype
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -51,7 +55,7 @@ def _attention_forward(q, k, v, mask, causal):
     # Heads come as transposed views. XLA:CPU would take them as they are, and multiply them the slow way.
     q, k, v = row_major(q), row_major(k), row_major(v)
     p = _probabilities(q, k, mask, causal)
-    return _batched(p, v, 2).astype(v.dtype), (q, k, v, p)
+    return _batched(p, v, 2), (q, k, v, p)
 
 
 def _attention_backward(causal, residuals, g):
@@ -59,15 +63,14 @@ def _attention_backward(causal, residuals, g):
     del causal
     q, k, v, p = residuals
     # With the barrier p's transposed copy waits for the backward pass, and is not kept beside p till then.
-    p, g = jax.lax.optimization_barrier((p, g))
-    g = row_major(g.astype(v.dtype))
-    d_v = _batched(transposed_copy(p), g, 2).astype(v.dtype)
+    p, g = jax.lax.optimization_barrier((p, row_major(g.astype(v.dtype))))
+    d_v = _batched(transposed_copy(p), g, 2)
     d_p = _batched(g, v, 3)
     p32 = p.astype(jnp.float32)
     d_scores = p32 * (d_p - (d_p * p32).sum(axis=-1, keepdims=True)) * (q.shape[-1] ** -0.5)
     d_scores = d_scores.astype(q.dtype)
-    d_q = _batched(d_scores, k, 2).astype(q.dtype)
-    d_k = _batched(transposed_copy(d_scores), q, 2).astype(k.dtype)
+    d_q = _batched(d_scores, k, 2)
+    d_k = _batched(transposed_copy(d_scores), q, 2)
     return d_q, d_k, d_v, None
 
 

@@ -19,7 +19,7 @@ def transposed_copy(x: jax.Array) -> jax.Array:
     Returns:
       [..., N, M].
     """
-    return row_major(jnp.swapaxes(x, -1, -2))
+    return row_major(jnp.swapaxes(jax.lax.optimization_barrier(x), -1, -2))
 
 
 def row_major(x: jax.Array) -> jax.Array:
