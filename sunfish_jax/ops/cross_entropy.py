@@ -23,17 +23,11 @@ def token_logits(features: jax.Array, table: jax.Array, bias: jax.Array) -> jax.
     return (logits + bias).reshape(*features.shape[:-1], -1)
 
 
-def _exponentials(logits):
-    """exp(logits - max), its sum and the max, each row for itself."""
-    highest = logits.max(axis=-1, keepdims=True)
-    exponentials = jnp.exp(logits - highest)
-    return exponentials, exponentials.sum(axis=-1, keepdims=True), highest
-
-
 def expected_embedding(logits: jax.Array, table: jax.Array) -> jax.Array:
     """softmax(logits) @ table, the mean embedding x_hat.
 
-    The division by the softmax's sum comes after the product, where the array is narrow.
+    The division by the softmax's sum comes after the product, where the array is narrow. The sum is that of what is
+    multiplied, rounded: so the weights add up to one, and float32 ones need not be stored.
 
     Args:
       logits: [..., V] float32.
@@ -42,8 +36,12 @@ def expected_embedding(logits: jax.Array, table: jax.Array) -> jax.Array:
     Returns:
       [..., D] float32.
     """
-    exponentials, total, _ = _exponentials(logits.reshape(-1, logits.shape[-1]))
-    mean = jnp.dot(exponentials.astype(table.dtype), table, preferred_element_type=jnp.float32) / total
+    rows = logits.reshape(-1, logits.shape[-1])
+    weights = jnp.exp(rows - rows.max(axis=-1, keepdims=True)).astype(table.dtype)
+    # Without the barrier XLA may leave the rounding out, and store float32.
+    weights = jax.lax.optimization_barrier(weights)
+    total = weights.astype(jnp.float32).sum(axis=-1, keepdims=True)
+    mean = jnp.dot(weights, table, preferred_element_type=jnp.float32) / total
     return mean.reshape(*logits.shape[:-1], -1)
 
 
@@ -65,7 +63,9 @@ def cross_entropy(features: jax.Array, table: jax.Array, bias: jax.Array, target
 
 def _cross_entropy_forward(features, table, bias, targets):
     logits = token_logits(features, table, bias)
-    exponentials, total, highest = _exponentials(logits)
+    highest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - highest)
+    total = exponentials.sum(axis=-1, keepdims=True)
     at_target = jnp.take_along_axis(logits, targets[:, None], axis=1)
     loss = (jnp.log(total) + highest - at_target)[:, 0]
     # d loss / d logits = softmax - onehot(target), kept unnormalised and narrow: half the traffic of float32.
