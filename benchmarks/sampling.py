@@ -6,11 +6,12 @@
 Two tasks: 3 texts of 128 tokens in 20 DDIM steps with guidance, and one text of 64 tokens in 10. Guidance acts in
 the part of the noise range that the configuration gives. With --compare the first task is also done by PyTorch: by
 a twin of our network (torch_twin.py), from the same noise in the same steps with guidance in the same of them, in
-the fastest way that PyTorch has for it, and by the first SunFish as it shipped (first_sunfish.py), which guides in
-every step. Each works while the others wait, in turn, and the medians count.
+the fastest way that PyTorch has for it; by the twin with guidance as it is usually done, in every step, from a pass
+with the prompt and one without; and by the first SunFish as it shipped (first_sunfish.py), which guides so too.
+Each works while the others wait, in turn, and the medians count.
 
 The last line is one JSON object: `seconds` of the first task, `seconds_short` of the second, and with --compare
-`ratio_torch_twin` and `ratio_first_sunfish`, their seconds over ours.
+`ratio_torch_twin`, `ratio_torch_twin_guided_throughout` and `ratio_first_sunfish`, their seconds over ours.
 """
 
 from pathlib import Path

@@ -17,6 +17,7 @@ from torch_peers import SamplingTask, make_twin, number_formats, print_choice
 from torch_process import TorchProcess
 
 from sunfish_jax.data.tokenizer import load_tokenizer
+from sunfish_jax.diffusion.guidance import PASSES_A_DIFFERENCE
 from sunfish_jax.diffusion.samplers import make_steps
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
 from sunfish_jax.errors import UserError
@@ -116,7 +117,7 @@ class Task:
         return generate(model, params, schedule, self.prompt, self.keys, self.length, self.settings)
 
     def for_torch(self, sampled: Sampled) -> SamplingTask:
-        """The same for the twin: the sampler's first noise, its steps and where it guides."""
+        """The same for the twin: the sampler's first noise, its steps, and where and how often it guides."""
 
         def noise(key):
             return jax.random.normal(jax.random.fold_in(key, 0), (self.length, sampled.model.embedding_dim))
@@ -129,6 +130,7 @@ class Task:
             steps=make_steps(sampled.schedule, self.settings.num_steps, "ddim"),
             guided_gammas=tuple(np.asarray(sampled.schedule.gamma(interval)).tolist()),
             guidance_scale=self.settings.guidance_scale,
+            passes_a_difference=PASSES_A_DIFFERENCE,
         )
 
 
@@ -164,7 +166,7 @@ def run(sampled: Sampled, repeats: int, torch: TorchProcess | None) -> None:
     if torch is not None:
         if "torch" in sys.modules:
             raise AssertionError("PyTorch was imported beside JAX: the two did not have a process each")
-        for name in ("torch_twin", "first_sunfish"):
+        for name in ("torch_twin", "torch_twin_guided_throughout", "first_sunfish"):
             print(f"{name}: {medians[name]:.3f} s, {medians[name] / medians['ours']:.2f} times ours")
             result[f"ratio_{name}"] = round(medians[name] / medians["ours"], 3)
     print(json.dumps(result), flush=True)
@@ -191,14 +193,18 @@ def torch_courses(
     for fused_attention in (True, False):
         check_same("the PyTorch twin", ours, twin_logits(torch, inputs, "float32", fused_attention))
     make_twin(torch, sampled.model, sampled.params)
-    task.for_torch(sampled).send(torch)
-    options = {"dtypes": number_formats(sampled.model), "repeats": repeats, "compiled": True}
-    choice = torch.call("choose_sampling", case=str(task), **options)
-    print_choice("a sample", choice)
+    same = task.for_torch(sampled)
+    throughout = same.guided_throughout()
+    for case in (same, throughout):
+        case.send(torch)
+        options = {"dtypes": number_formats(sampled.model), "repeats": repeats, "compiled": True}
+        choice = torch.call("choose_sampling", case=case.name, **options)
+        print_choice(f"for {case.name}", choice)
     made = torch.call("first_sunfish", sizes={})
     print(f"the first SunFish: {made['parameters']:,} parameters", flush=True)
     sizes = {"rows": len(task.keys), "length": task.length, "num_steps": task.settings.num_steps}
     return {
-        "torch_twin": lambda: torch.call("twin_sample", case=str(task))["seconds"],
+        "torch_twin": lambda: torch.call("twin_sample", case=same.name)["seconds"],
+        "torch_twin_guided_throughout": lambda: torch.call("twin_sample", case=throughout.name)["seconds"],
         "first_sunfish": lambda: torch.call("first_sample", **sizes)["seconds"],
     }

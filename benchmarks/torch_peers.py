@@ -1,6 +1,7 @@
 """Our side of the PyTorch peers: what they are sent, and their steps as contenders."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,6 @@ from ml_collections import ConfigDict
 from torch_process import TorchProcess
 
 from sunfish_jax.data.padded_rows import PaddedBatch
-from sunfish_jax.diffusion.guidance import PASSES_A_DIFFERENCE
 from sunfish_jax.diffusion.process import stratified_uniforms
 from sunfish_jax.diffusion.samplers import Steps
 from sunfish_jax.diffusion.schedules import Schedule
@@ -115,7 +115,7 @@ class FirstSunFishSteps:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingTask:
-    """What the twin is to sample: the same as we do.
+    """What the twin is to sample.
 
     Attributes:
       name: of the task.
@@ -124,6 +124,7 @@ class SamplingTask:
       steps: of DDIM.
       guided_gammas: lowest and highest noise level at which guidance acts.
       guidance_scale: of it.
+      passes_a_difference: in how many guided passes what the prompt changes is added, once it is made.
     """
 
     name: str
@@ -132,6 +133,16 @@ class SamplingTask:
     steps: Steps
     guided_gammas: tuple[float, float]
     guidance_scale: float
+    passes_a_difference: int
+
+    def guided_throughout(self) -> "SamplingTask":
+        """The same with guidance as it is usually done: in every step, from a pass with and one without."""
+        return dataclasses.replace(
+            self,
+            name=f"{self.name} in each of them",
+            guided_gammas=(-math.inf, math.inf),
+            passes_a_difference=1,
+        )
 
     def send(self, torch: TorchProcess) -> None:
         low, high = self.guided_gammas
@@ -145,6 +156,6 @@ class SamplingTask:
             "z": self.steps.z,
             "x_hat": self.steps.x_hat,
             "guided": guided,
-            "told_both": guided & (np.cumsum(guided) % PASSES_A_DIFFERENCE == 1 % PASSES_A_DIFFERENCE),
+            "told_both": guided & ((np.cumsum(guided) - 1) % self.passes_a_difference == 0),
         }
         torch.call("case", arrays, name=self.name, guidance_scale=self.guidance_scale)

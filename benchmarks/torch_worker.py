@@ -30,7 +30,7 @@ class Worker:
             advice = "name one that has with --torch_python=PATH"
             raise RuntimeError(f"{sys.executable} has no PyTorch ({error}); {advice}") from None
         torch.set_num_threads(threads)
-        self._batches, self._cases, self._warm = {}, {}, set()
+        self._batches, self._cases, self._samplers, self._warm = {}, {}, {}, set()
         return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
     def twin(self, arrays: Arrays, sizes: dict) -> dict:
@@ -113,7 +113,7 @@ class Worker:
         return {}
 
     def choose_sampling(self, arrays: Arrays, case: str, dtypes: list[str], repeats: int, compiled: bool) -> dict:
-        """Finds the fastest way to sample with the twin, and keeps to it; compiling is tried if `compiled`."""
+        """Finds the twin's fastest way to sample a case, and keeps to it; compiling is tried if `compiled`."""
         from torch_twin import Sampler, Variant
 
         samplers: dict[Variant, Sampler] = {}
@@ -131,16 +131,17 @@ class Worker:
             for together in (True, False)
         )
         choice.among([dataclasses.replace(choice.best, compiled=True)] * compiled)
-        self._sampler = samplers[choice.best]
+        self._samplers[case] = samplers[choice.best]
         return choice.account()
 
     def twin_sample(self, arrays: Arrays, case: str) -> tuple[dict, Arrays]:
         """Times the twin's sampler, after one to warm up."""
+        sampler = self._samplers[case]
         if case not in self._warm:
             self._warm.add(case)
-            self._sampler.sample(*self._cases[case])
+            sampler.sample(*self._cases[case])
         start = time.perf_counter()
-        tokens = self._sampler.sample(*self._cases[case])
+        tokens = sampler.sample(*self._cases[case])
         return {"seconds": time.perf_counter() - start}, {"tokens": tokens.numpy()}
 
     def first_sunfish(self, arrays: Arrays, sizes: dict) -> dict:

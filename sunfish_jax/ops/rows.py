@@ -153,8 +153,8 @@ class PackedRows:
 
     def sums(self, values: jax.Array) -> jax.Array:
         """Each row gets the sum of what its positions have: [N, W] -> [B, W]."""
-        # A part of each row at a time in one loop first, which gathers and adds: sums over more need what they add up
-        # in an array of its own.
+        # A part of each row at a time, in one loop that gathers and adds: a sum over all of it would want what it
+        # adds up in an array of its own.
         length = -(-self.longest // _PARTS)
         total = 0
         for part in range(_PARTS):

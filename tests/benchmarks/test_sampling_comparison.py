@@ -68,7 +68,14 @@ def test_it_compares(sampled, fake_torch, monkeypatch, capsys):
     )
     run(sampled, 1, torch)
     result = last_line(capsys)
-    assert list(result) == ["config", "seconds", "seconds_short", "ratio_torch_twin", "ratio_first_sunfish"]
+    assert list(result) == [
+        "config",
+        "seconds",
+        "seconds_short",
+        "ratio_torch_twin",
+        "ratio_torch_twin_guided_throughout",
+        "ratio_first_sunfish",
+    ]
     assert result["ratio_torch_twin"] == pytest.approx(2.0 / result["seconds"], rel=0.02)
     assert result["ratio_first_sunfish"] == pytest.approx(6.0 / result["seconds"], rel=0.02)
 

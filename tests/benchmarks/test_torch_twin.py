@@ -14,6 +14,7 @@ from sampling_comparison import Sampled, Task
 from torch_peers import TwinSteps, make_twin
 
 from configs import nano
+from sunfish_jax.diffusion import guidance
 from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.models.denoiser import make_model
@@ -120,3 +121,25 @@ def test_it_samples_our_tokens_from_our_noise(torch, config, model, state, moved
     # In bfloat16 too, roughly: rounding tips some tokens of an untrained network.
     torch.call("choose_sampling", case=str(task), dtypes=["bfloat16"], repeats=1, compiled=False)
     assert (torch.call("twin_sample", case=str(task))["tokens"] == ours).mean() > 0.5
+
+
+def test_it_guides_throughout(torch, config, model, state, moved_params, monkeypatch):
+    sampled = Sampled("nano", config, model, moved_params, state.schedule, None)
+    make_twin(torch, model, sampled.params)
+    prompt = jax.tree.map(lambda leaf: leaf[0, :3], random_batch(config, ENCODER.output_dim).prompt)
+    settings = dataclasses.replace(
+        Settings.make(config.sampling),
+        scheduler="ddim",
+        num_steps=8,
+        temperature=1.0,
+        guidance_scale=3.0,
+        guidance_interval=(0.0, 1.0),
+    )
+    # Another length than above, for which nothing is compiled yet.
+    task = Task(prompt, sample_keys(0, np.arange(3)), 20, settings)
+    monkeypatch.setattr(guidance, "PASSES_A_DIFFERENCE", 1)
+    throughout = task.for_torch(sampled).guided_throughout()
+    throughout.send(torch)
+    torch.call("choose_sampling", case=throughout.name, dtypes=["float32"], repeats=1, compiled=False)
+    theirs = torch.call("twin_sample", case=throughout.name)["tokens"]
+    assert (theirs == task.sample(sampled)).mean() > 0.98
