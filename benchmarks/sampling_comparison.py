@@ -195,9 +195,9 @@ def torch_courses(
     make_twin(torch, sampled.model, sampled.params)
     same = task.for_torch(sampled)
     throughout = same.guided_throughout()
+    options = {"dtypes": number_formats(sampled.model), "repeats": repeats, "compiled": True}
     for case in (same, throughout):
         case.send(torch)
-        options = {"dtypes": number_formats(sampled.model), "repeats": repeats, "compiled": True}
         choice = torch.call("choose_sampling", case=case.name, **options)
         print_choice(f"for {case.name}", choice)
     made = torch.call("first_sunfish", sizes={})

@@ -124,6 +124,7 @@ class TextDenoiser(nn.Module):
         embeddings = self.raw_embedding * (self.embedding_dim**0.5 / norm)
         # Turned here, once, so that no pass has to turn its gradient.
         parts = [transposed_copy(table.astype(self.dtype)) for table in (embeddings, self.head_table)]
+        # Each by itself, and then moved whole: to turn them in the loop that joins them takes three times as long.
         head = jnp.concatenate(jax.lax.optimization_barrier(parts))
         return Vocabulary(embeddings, head, self.log_unigram)
 

@@ -36,7 +36,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, 
       causal: query s attends to no key after the s-th.
 
     Returns:
-      [B, H, S, d] in the dtype of v.
+      [B, H, S, d] in the dtype of q, k and v, which is one.
     """
     return _attention_forward(q, k, v, mask, causal)[0]
 

@@ -19,6 +19,7 @@ def transposed_copy(x: jax.Array) -> jax.Array:
     Returns:
       [..., N, M].
     """
+    # What the same loop were to put together first would be read the slow way.
     return row_major(jnp.swapaxes(jax.lax.optimization_barrier(x), -1, -2))
 
 

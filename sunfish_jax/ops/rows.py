@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# How many sums of values of a row are made in one loop.
+# How many parts of a row are added up in one loop.
 _PARTS = 8
 
 

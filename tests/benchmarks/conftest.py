@@ -43,7 +43,7 @@ def animals(tmp_path) -> list[str]:
 
 @pytest.fixture
 def fake_torch(tmp_path):
-    """Makes a process that answers each call with what is given for it here, instead of PyTorch."""
+    """Makes a process that answers each call with what is given here for it, or for its case, not PyTorch."""
     from torch_process import TorchProcess
 
     processes = []
@@ -65,5 +65,6 @@ answers = {answers}
 for line in sys.stdin:
     request = json.loads(line)
     result = answers[request["call"]]
+    result = result.get(request["arguments"].get("case"), result)
     print(json.dumps({{"result": result, "arrays": None}}), flush=True)
 """

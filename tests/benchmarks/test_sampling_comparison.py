@@ -48,6 +48,7 @@ def test_it_times_ours(sampled, capsys):
 
 
 def test_it_compares(sampled, fake_torch, monkeypatch, capsys):
+    same = str(Task.of(sampled, 3, 128, 20))
     torch = fake_torch(
         twin={"parameters": 1},
         case={},
@@ -57,14 +58,14 @@ def test_it_compares(sampled, fake_torch, monkeypatch, capsys):
             "best": "float32",
         },
         first_sunfish={"parameters": 41_000_000, "positions": 8192, "block_size": 256},
-        twin_sample={"seconds": 2.0},
+        twin_sample={same: {"seconds": 2.0}, f"{same} in each of them": {"seconds": 3.0}},
         first_sample={"seconds": 6.0},
     )
-    same = sampling_comparison.our_logits
+    logits = sampling_comparison.our_logits
     monkeypatch.setattr(
         sampling_comparison,
         "twin_logits",
-        lambda _, inputs, *how: same(sampled.model, sampling_comparison.moved(sampled.params), inputs),
+        lambda _, inputs, *how: logits(sampled.model, sampling_comparison.moved(sampled.params), inputs),
     )
     run(sampled, 1, torch)
     result = last_line(capsys)
@@ -77,6 +78,7 @@ def test_it_compares(sampled, fake_torch, monkeypatch, capsys):
         "ratio_first_sunfish",
     ]
     assert result["ratio_torch_twin"] == pytest.approx(2.0 / result["seconds"], rel=0.02)
+    assert result["ratio_torch_twin_guided_throughout"] == pytest.approx(3.0 / result["seconds"], rel=0.02)
     assert result["ratio_first_sunfish"] == pytest.approx(6.0 / result["seconds"], rel=0.02)
 
 
