@@ -100,3 +100,21 @@ def test_the_task_is_ddim_with_guidance(sampled):
     low, high = for_torch.guided_gammas
     quantiles = np.asarray(sampled.schedule.cdf(np.array([low, high])))
     np.testing.assert_allclose(quantiles, sampled.config.sampling.guidance_interval, rtol=1e-4)
+
+
+def test_guidance_throughout_is_made_anew_in_every_step(sampled):
+    sent = []
+
+    class Recorder:
+        def call(self, name, arrays, **arguments):
+            sent.append(arrays)
+
+    task = Task.of(sampled, 3, 128, 20).for_torch(sampled)
+    for case in (task, task.guided_throughout()):
+        case.send(Recorder())
+    same, throughout = sent
+    assert throughout["guided"].all() and throughout["told_both"].all()
+    # As we sample: in the guided part, in the first of two passes each.
+    guided = np.flatnonzero(same["guided"])
+    assert 2 < len(guided) < 20
+    np.testing.assert_array_equal(np.flatnonzero(same["told_both"]), guided[::2])
