@@ -106,7 +106,7 @@ def test_guidance_throughout_is_made_anew_in_every_step(sampled):
     sent = []
 
     class Recorder:
-        def call(self, name, arrays, **arguments):
+        def call(self, request, arrays, **arguments):
             sent.append(arrays)
 
     task = Task.of(sampled, 3, 128, 20).for_torch(sampled)
