@@ -63,7 +63,7 @@ def moved(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def our_logits(model: TextDenoiser, params: Mapping[str, Any], inputs: Inputs) -> np.ndarray:
     """[B, S, V] in float32."""
-    model = dataclasses.replace(model, dtype=_FLOAT32)
+    model = dataclasses.replace(model, dtype=_FLOAT32, quantized=False)
     return _logits(model, params, inputs, jax.jit(lambda: model.apply({"params": params}, method="vocabulary"))())
 
 

@@ -17,7 +17,7 @@ from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.generation.gaps import Layout
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
-from sunfish_jax.models.denoiser import PromptKeysValues, compute_params
+from sunfish_jax.models.denoiser import PromptKeysValues, compute_params, quantized_kernels
 from sunfish_jax.models.prompt import Prompt
 
 # Positions in one call: more rows are done in turns, so that the logits fit into memory.
@@ -134,7 +134,8 @@ def _generate(
     model, params, prompt, keys, steps, interval, temperature, constraint, *, seq_len, guidance_scale, counter
 ):
     # Before the scan: out of the branches that guidance chooses from, XLA would not take it.
-    variables = {"params": compute_params(params, model.dtype)}
+    narrow = compute_params(params, model.dtype)
+    variables = {"params": narrow} | quantized_kernels(model, narrow)
     batch = len(keys)
     known = jnp.zeros((batch, seq_len), bool) if constraint is None else constraint.known.mask
 

@@ -9,11 +9,19 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sunfish_jax.diffusion.process import posterior_scale
-from sunfish_jax.models.layers import NoiseLevelFeatures, TransformerLayer, kernel_init, rms_norm, split_heads
+from sunfish_jax.models.layers import (
+    QUANTIZED,
+    NoiseLevelFeatures,
+    TransformerLayer,
+    kernel_init,
+    rms_norm,
+    split_heads,
+)
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
+from sunfish_jax.ops.compute_dtype import FORMATS, fastest_compute_dtype
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 from sunfish_jax.ops.dense import dense, transposed_copy
+from sunfish_jax.ops.quantized import quantize_kernel
 from sunfish_jax.ops.rows import EqualRows, PackedRows
 
 # Parameters of two dimensions with these endings are kernels: matrices that features are multiplied with.
@@ -72,6 +80,8 @@ class Vocabulary:
 class TextDenoiser(nn.Module):
     """A bidirectional transformer that predicts the clean tokens behind noisy embeddings.
 
+    In bfloat16 its layers may multiply with their kernels in eight bits instead (`quantized`).
+
     Shapes: B rows, S tokens, D embedding_dim, W width, V vocab_size, L num_layers, H num_heads, P prompt length.
     """
 
@@ -88,6 +98,7 @@ class TextDenoiser(nn.Module):
     remat: bool
     prompt_dim: int
     prompt_module: nn.Module | None = None
+    quantized: bool = False
 
     def setup(self):
         width, zeros = self.width, nn.initializers.zeros
@@ -112,7 +123,16 @@ class TextDenoiser(nn.Module):
         self.prompt_kernel = self.param("prompt_kernel", kernel_init(width), (width, 2 * self.num_layers * width))
         layer = nn.remat(TransformerLayer) if self.remat else TransformerLayer
         self.layers = [
-            layer(width, self.num_heads, self.mlp_ratio, self.conv_width, self.dropout, site, self.dtype)
+            layer(
+                width,
+                self.num_heads,
+                self.mlp_ratio,
+                self.conv_width,
+                self.dropout,
+                site,
+                self.dtype,
+                self.quantized,
+            )
             for site in range(self.num_layers)
         ]
         # Zero at the start, where the single-token posterior is all that is predicted.
@@ -239,11 +259,15 @@ def make_model(config: ConfigDict, vocab_size: int, prompt_encoder) -> TextDenoi
     """
     fields = config.model.to_dict()
     del fields["block_size"]
-    dtype = fields.pop("compute_dtype")
-    dtype = jnp.dtype(fastest_compute_dtype() if dtype == "auto" else dtype)
+    compute_dtype = fields.pop("compute_dtype")
+    if compute_dtype == "auto":
+        compute_dtype = fastest_compute_dtype(FORMATS)
+    quantized = compute_dtype == "int8"
+    dtype = jnp.dtype("bfloat16" if quantized else compute_dtype)
     return TextDenoiser(
         vocab_size=vocab_size,
         dtype=dtype,
+        quantized=quantized,
         prompt_dim=prompt_encoder.output_dim,
         prompt_module=None if prompt_encoder.frozen else prompt_encoder.module.clone(dtype=dtype),
         **fields,
@@ -270,3 +294,26 @@ def compute_params(params: Any, dtype: jnp.dtype) -> Any:
         return p.astype(dtype) if path[-1].key.endswith(KERNEL_SUFFIXES) and p.ndim > 1 else p
 
     return jax.tree.map_with_path(cast, params)
+
+
+def quantized_kernels(model: TextDenoiser, params: Any) -> dict[str, Any]:
+    """The variables beside `params` that hold the kernels of the layers in eight bits, made once for many passes.
+
+    Args:
+      model: the denoiser.
+      params: its parameters, in any dtype.
+
+    Returns:
+      A collection of variables by its name; nothing for a model that is not quantized.
+    """
+    if not model.quantized:
+        return {}
+    layers = {name: kernels for name, kernels in params.items() if name.startswith("layers_")}
+    return {
+        QUANTIZED: {
+            layer: {
+                name: quantize_kernel(kernel) for name, kernel in kernels.items() if name.endswith(KERNEL_SUFFIXES)
+            }
+            for layer, kernels in layers.items()
+        }
+    }

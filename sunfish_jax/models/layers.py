@@ -11,8 +11,12 @@ from sunfish_jax.ops.attention import attention
 from sunfish_jax.ops.convolution import depthwise_convolution
 from sunfish_jax.ops.dense import dense, squared_relu_mlp
 from sunfish_jax.ops.dropout import dropout
+from sunfish_jax.ops.quantized import QuantizedKernel, quantize_kernel
 from sunfish_jax.ops.rotary import rotary_heads
 from sunfish_jax.ops.rows import Rows
+
+# The collection of variables that holds a model's kernels in eight bits.
+QUANTIZED = "quantized"
 
 _EPSILON = 1e-6
 
@@ -61,7 +65,8 @@ class NoiseLevelFeatures(nn.Module):
 class TransformerLayer(nn.Module):
     """Self-attention, cross-attention to the prompt, and a squared-ReLU feed-forward layer, all pre-norm.
 
-    A causal layer reads a position's past and itself alone.
+    A causal layer reads a position's past and itself alone. A quantized one multiplies with its kernels in eight
+    bits; it takes them from the collection `QUANTIZED` where they were made once for many passes.
     """
 
     width: int
@@ -71,6 +76,7 @@ class TransformerLayer(nn.Module):
     dropout: float
     site: int
     dtype: jnp.dtype
+    quantized: bool = False
     causal: bool = False
 
     @nn.compact
@@ -94,7 +100,11 @@ class TransformerLayer(nn.Module):
             return self.param(name, zeros, (self.conv_width, width)) if self.conv_width else None
 
         def kernel(name, columns, init):
-            return self.param(name, init, (width, columns)).astype(self.dtype)
+            values = self.param(name, init, (width, columns)).astype(self.dtype)
+            if not self.quantized:
+                return _Kernel(values, None)
+            made_before = self.get_variable(QUANTIZED, name)
+            return _Kernel(values, quantize_kernel(values) if made_before is None else made_before)
 
         parameters = _LayerParameters(
             attention_taps=taps("attention_taps"),
@@ -122,17 +132,24 @@ class TransformerLayer(nn.Module):
         )
 
 
+class _Kernel(NamedTuple):
+    """A kernel in the dtype of the layer's products; and in eight bits, if the layer is quantized."""
+
+    values: jax.Array
+    quantized: QuantizedKernel | None
+
+
 class _LayerParameters(NamedTuple):
-    """A layer's kernels, in the dtype of its products, and the taps of its convolutions, float32, if it has any."""
+    """A layer's kernels, and the taps of its convolutions, float32, if it has any."""
 
     attention_taps: jax.Array | None
-    attention_in: jax.Array
-    attention_out: jax.Array
-    cross_in: jax.Array
-    cross_out: jax.Array
+    attention_in: _Kernel
+    attention_out: _Kernel
+    cross_in: _Kernel
+    cross_out: _Kernel
     mlp_taps: jax.Array | None
-    mlp_out: jax.Array
-    mlp_in: jax.Array
+    mlp_out: _Kernel
+    mlp_in: _Kernel
 
 
 @jax.custom_vjp
@@ -172,19 +189,19 @@ def _layer(parameters, x, rows: Rows, scales, prompts, dropout_seeds, first_site
     def merged(heads, rows):
         return rows.positions(heads).reshape(rows.num_positions, -1)
 
-    dtype = parameters.attention_in.dtype
-    qkv = dense(norm(x, scales[0], parameters.attention_taps), parameters.attention_in)
+    dtype = parameters.attention_in.values.dtype
+    qkv = dense(norm(x, scales[0], parameters.attention_taps), *parameters.attention_in)
     all_rows = rows_of(x)
     h = attention(*rotary_heads(qkv, all_rows, num_heads, dtype), all_rows.mask, causal)
-    x = residual(x, dense(merged(h, all_rows), parameters.attention_out), 0)
+    x = residual(x, dense(merged(h, all_rows), *parameters.attention_out), 0)
 
     def cross_attention(x, keys, values, mask):
         if keys.shape[2] == 1:
             # Whatever the query, the only value is the answer.
-            return rows.spread(dense(merge_heads(values), parameters.cross_out))
-        q = dense(norm(x, scales[1]), parameters.cross_in).astype(dtype)
+            return rows.spread(dense(merge_heads(values), *parameters.cross_out))
+        q = dense(norm(x, scales[1]), *parameters.cross_in).astype(dtype)
         q = rows.windows(q.reshape(num_positions, num_heads, -1))
-        return dense(merged(attention(q, keys, values, mask), rows), parameters.cross_out)
+        return dense(merged(attention(q, keys, values, mask), rows), *parameters.cross_out)
 
     # Up to here in the first layer, a row is the same for all its prompts.
     parts = [x] * len(prompts) if len(x) == num_positions else jnp.split(x, len(prompts))
@@ -192,4 +209,5 @@ def _layer(parameters, x, rows: Rows, scales, prompts, dropout_seeds, first_site
     x = jnp.concatenate([residual(x, cross_attention(x, *prompt), 1) for x, prompt in pairs])
 
     h = norm(x, scales[2], parameters.mlp_taps)
-    return residual(x, squared_relu_mlp(h, parameters.mlp_in, parameters.mlp_out), 2)
+    kernels, quantized = zip(parameters.mlp_in, parameters.mlp_out, strict=True)
+    return residual(x, squared_relu_mlp(h, *kernels, *quantized), 2)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from sunfish_jax.ops.eigen import in_eigen
+from sunfish_jax.ops.quantized import Quantized, QuantizedKernel, quantize, quantized_product
 
 
 def transposed_copy(x: jax.Array) -> jax.Array:
@@ -31,47 +32,69 @@ def row_major(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def dense(x: jax.Array, kernel: jax.Array, quantized: QuantizedKernel | None = None) -> jax.Array:
     """x @ kernel, computed in the kernel's dtype and accumulated in float32.
 
     Args:
       x: [N, K], any float dtype; cast to the kernel's.
       kernel: [K, M].
+      quantized: the same kernel, to compute this and both gradients in eight bits.
 
     Returns:
       [N, M] float32: XLA:CPU may take half as long again for a bfloat16 result.
     """
-    return _dense_forward(x, kernel)[0]
+    return _dense_forward(x, kernel, quantized)[0]
 
 
-def _dense_forward(x, kernel):
-    y = jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+def _dense_forward(x, kernel, quantized):
+    low = _rounded(x, kernel, quantized)
     # A zero-size array carries the input's dtype to the backward pass, where the gradient must have it.
-    return y, (x.astype(kernel.dtype), kernel, jnp.zeros((0,), x.dtype))
+    return _times(low, kernel, quantized), (low, kernel, quantized, jnp.zeros((0,), x.dtype))
 
 
 def _dense_backward(residuals, g):
-    x, kernel, like_x = residuals
-    g = g.astype(kernel.dtype)
-    return input_gradient(g, kernel).astype(like_x.dtype), kernel_gradient(x, g)
+    x, kernel, quantized, like_x = residuals
+    g = _rounded(g, kernel, quantized)
+    return input_gradient(g, kernel, quantized).astype(like_x.dtype), kernel_gradient(x, g, quantized is not None), None
 
 
-def input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
+def _rounded(x, kernel, quantized):
+    """x in the kernel's dtype."""
+    low = x.astype(kernel.dtype)
+    # Read twice to be quantised, and for the gradient of the kernel: not to be made again for each.
+    return low if quantized is None else jax.lax.optimization_barrier(low)
+
+
+def _times(x, kernel, quantized):
+    """x @ kernel."""
+    if quantized is not None:
+        return quantized_product(quantize(x, 1), quantized.by_column)
+    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _times_transposed(x, kernel, quantized):
+    """x @ kernel.T."""
+    if quantized is not None:
+        return quantized_product(quantize(x, 1), quantized.by_row, transposed=True)
+    return jax.lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def input_gradient(g: jax.Array, kernel: jax.Array, quantized: QuantizedKernel | None = None) -> jax.Array:
     """g @ kernel.T, float32, for g [N, M] and kernel [K, M]: the gradient with respect to a dense layer's input."""
-    if in_eigen(kernel.dtype):
+    if quantized is None and in_eigen(kernel.dtype):
         return jnp.dot(g, transposed_copy(kernel), preferred_element_type=jnp.float32)
-    return _times_transposed(g, kernel)
+    return _times_transposed(g, kernel, quantized)
 
 
-def _times_transposed(left, right):
-    return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+def kernel_gradient(x: jax.Array, g: jax.Array, in_eight_bits: bool = False) -> jax.Array:
     """x.T @ g for x [N, K] and g [N, M]: the gradient with respect to a dense layer's kernel.
 
     Rounded to the dtype of g only in name where the result is summed in float32: XLA leaves the two casts out.
     """
+    if in_eight_bits:
+        columns = quantize(x, 0)
+        rows = Quantized(transposed_copy(columns.values), columns.steps.T)
+        return quantized_product(rows, quantize(g, 0)).astype(g.dtype)
     return jnp.dot(transposed_copy(x), g, preferred_element_type=jnp.float32).astype(g.dtype)
 
 
@@ -79,7 +102,13 @@ dense.defvjp(_dense_forward, _dense_backward)
 
 
 @jax.custom_vjp
-def squared_relu_mlp(x: jax.Array, kernel_in: jax.Array, kernel_out: jax.Array) -> jax.Array:
+def squared_relu_mlp(
+    x: jax.Array,
+    kernel_in: jax.Array,
+    kernel_out: jax.Array,
+    quantized_in: QuantizedKernel | None = None,
+    quantized_out: QuantizedKernel | None = None,
+) -> jax.Array:
     """relu(x @ kernel_in)^2 @ kernel_out.T, keeping one narrow array for the backward pass.
 
     What is kept is the square: its root gives relu(x @ kernel_in) back, which the gradient of the square needs.
@@ -90,29 +119,33 @@ def squared_relu_mlp(x: jax.Array, kernel_in: jax.Array, kernel_out: jax.Array) 
       x: [N, K], cast to the kernels' dtype.
       kernel_in: [K, M].
       kernel_out: [K, M].
+      quantized_in, quantized_out: the same kernels, as for `dense`.
 
     Returns:
       [N, K] in float32.
     """
-    return _mlp_forward(x, kernel_in, kernel_out)[0]
+    return _mlp_forward(x, kernel_in, kernel_out, quantized_in, quantized_out)[0]
 
 
-def _mlp_forward(x, kernel_in, kernel_out):
-    low = x.astype(kernel_in.dtype)
-    hidden = jnp.dot(low, kernel_in, preferred_element_type=jnp.float32)
-    squared = jnp.square(jax.nn.relu(hidden)).astype(kernel_in.dtype)
-    y = _times_transposed(squared, kernel_out)
-    return y, (low, squared, kernel_in, kernel_out, jnp.zeros((0,), x.dtype))
+def _mlp_forward(x, kernel_in, kernel_out, quantized_in, quantized_out):
+    low = _rounded(x, kernel_in, quantized_in)
+    hidden = _times(low, kernel_in, quantized_in)
+    squared = _rounded(jnp.square(jax.nn.relu(hidden)), kernel_out, quantized_out)
+    y = _times_transposed(squared, kernel_out, quantized_out)
+    kernels = (kernel_in, kernel_out, quantized_in, quantized_out)
+    return y, (low, squared, kernels, jnp.zeros((0,), x.dtype))
 
 
 def _mlp_backward(residuals, g):
-    low, squared, kernel_in, kernel_out, like_x = residuals
-    g = g.astype(kernel_out.dtype)
-    d_kernel_out = kernel_gradient(g, squared)
-    d_squared = jnp.dot(g, kernel_out, preferred_element_type=jnp.float32)
-    d_hidden = (2.0 * jnp.sqrt(squared.astype(jnp.float32)) * d_squared).astype(kernel_in.dtype)
-    d_kernel_in = kernel_gradient(low, d_hidden)
-    return input_gradient(d_hidden, kernel_in).astype(like_x.dtype), d_kernel_in, d_kernel_out
+    low, squared, (kernel_in, kernel_out, quantized_in, quantized_out), like_x = residuals
+    g = _rounded(g, kernel_out, quantized_out)
+    d_kernel_out = kernel_gradient(g, squared, quantized_out is not None)
+    d_squared = _times(g, kernel_out, quantized_out)
+    d_hidden = 2.0 * jnp.sqrt(squared.astype(jnp.float32)) * d_squared
+    d_hidden = _rounded(d_hidden, kernel_in, quantized_in)
+    d_kernel_in = kernel_gradient(low, d_hidden, quantized_in is not None)
+    d_x = input_gradient(d_hidden, kernel_in, quantized_in).astype(like_x.dtype)
+    return d_x, d_kernel_in, d_kernel_out, None, None
 
 
 squared_relu_mlp.defvjp(_mlp_forward, _mlp_backward)

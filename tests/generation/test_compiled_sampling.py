@@ -47,19 +47,20 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
 def test_every_matrix_product_of_sampling_is_fast(dtype):
     text = traced_sampling(dtype).lower().compile().as_text()
     # Ten products a layer and five around them; where guidance acts they are compiled a second time.
     assert count_matrix_products(text) >= 2 * 2 * 10
     assert slow_matrix_products(text) == []
-    if dtype == "bfloat16":
+    if dtype != "float32":
         assert float32_matrix_products(text) == []
 
 
-def test_kernels_are_cast_once_and_not_in_every_step():
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_kernels_are_cast_once_and_not_in_every_step(dtype):
     # Out of the branches of a guided step XLA does not take what is the same in each.
-    (scan,) = (e for e in equations(traced_sampling("bfloat16").jaxpr) if e.primitive.name == "scan")
+    (scan,) = (e for e in equations(traced_sampling(dtype).jaxpr) if e.primitive.name == "scan")
     casts = [e for e in equations(scan.params["jaxpr"]) if e.primitive.name == "convert_element_type"]
     assert casts
     kernel = (512, 2048)

@@ -10,7 +10,7 @@ import pytest
 
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.models import layers
-from sunfish_jax.models.denoiser import TextDenoiser, init_params
+from sunfish_jax.models.denoiser import TextDenoiser, compute_params, init_params, quantized_kernels
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.rows import PackedRows
 
@@ -260,6 +260,32 @@ def test_rematerialisation_changes_no_gradient(model, variables, inputs):
 
     for plain, again in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
         np.testing.assert_allclose(plain, again, atol=1e-4 * max(1.0, np.abs(plain).max()))
+
+
+def test_eight_bits_change_the_logits_a_little(model, variables, inputs):
+    narrow = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"))
+    quantized = dataclasses.replace(narrow, quantized=True)
+    exact, rounded, coarse = (logits(m, variables, inputs, prompt_of(0)) for m in (model, narrow, quantized))
+    rounding, quantization = (np.abs(other - exact).max() for other in (rounded, coarse))
+    assert 0 < rounding < quantization < 10 * rounding
+
+
+def test_kernels_are_the_same_quantized_before_and_within(model, variables, inputs):
+    quantized = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"), quantized=True)
+    made_before = jax.jit(quantized_kernels, static_argnums=0)(
+        quantized, compute_params(variables["params"], jnp.bfloat16)
+    )
+    (collection,) = made_before.values()
+    kernels = {"attention_in", "attention_out", "cross_in", "cross_out", "mlp_in", "mlp_out"}
+    assert {name: layer.keys() for name, layer in collection.items()} == dict.fromkeys(
+        ("layers_0", "layers_1"), kernels
+    )
+    within = logits(quantized, variables, inputs, prompt_of(0))
+    np.testing.assert_array_equal(within, logits(quantized, variables | made_before, inputs, prompt_of(0)))
+    # They are what is multiplied with, not the kernels beside them.
+    other = jax.tree.map(jnp.zeros_like, made_before)
+    assert np.abs(within - logits(quantized, variables | other, inputs, prompt_of(0))).max() > 0.1
+    assert quantized_kernels(model, variables["params"]) == {}
 
 
 def test_without_training_on_estimates_they_are_ignored(model, inputs):

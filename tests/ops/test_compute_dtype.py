@@ -7,15 +7,16 @@ from sunfish_jax.ops import compute_dtype
 
 
 @pytest.mark.parametrize(
-    ("seconds", "chosen"),
+    ("seconds", "without_int8", "with_int8"),
     [
-        ({"float32": 2.0, "bfloat16": 1.0}, "bfloat16"),
-        # As on processors without bfloat16 instructions.
-        ({"float32": 1.0, "bfloat16": 2.0}, "float32"),
-        ({"float32": 1.0, "bfloat16": 0.9}, "float32"),
+        ({"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}, "bfloat16", "int8"),
+        # As on processors without bfloat16 instructions: what is not multiplied in eight bits would be slow.
+        ({"float32": 1.0, "bfloat16": 2.0, "int8": 0.5}, "float32", "float32"),
+        ({"float32": 1.0, "bfloat16": 0.9, "int8": 0.9}, "float32", "float32"),
+        ({"float32": 2.0, "bfloat16": 1.0, "int8": 0.8}, "bfloat16", "bfloat16"),
     ],
 )
-def test_bfloat16_is_taken_where_it_is_clearly_faster(monkeypatch, seconds, chosen):
+def test_less_precision_is_taken_where_it_is_clearly_faster(monkeypatch, seconds, without_int8, with_int8):
     class Product:
         def __init__(self, dtype):
             self._dtype = dtype
@@ -24,7 +25,8 @@ def test_bfloat16_is_taken_where_it_is_clearly_faster(monkeypatch, seconds, chos
             return seconds[self._dtype]
 
     monkeypatch.setattr(compute_dtype, "_Product", Product)
-    assert compute_dtype.fastest_compute_dtype() == chosen
+    assert compute_dtype.fastest_compute_dtype() == without_int8
+    assert compute_dtype.fastest_compute_dtype(compute_dtype.FORMATS) == with_int8
 
 
 def test_waiting_for_other_processes_is_not_counted():
@@ -40,7 +42,7 @@ def test_waiting_for_other_processes_is_not_counted():
 
 
 def test_a_product_is_measured():
-    for dtype in ("float32", "bfloat16"):
+    for dtype in compute_dtype.FORMATS:
         product = compute_dtype._Product(dtype)
         assert 0 < product.processor_seconds() < 60
         assert {operand.dtype for operand in product._operands} == {jnp.dtype(dtype)}

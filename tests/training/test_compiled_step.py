@@ -1,5 +1,7 @@
 """No slow form of matrix product may come back into the compiled step, by our doing or by an upgrade of JAX."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -67,11 +69,16 @@ def compiled_texts(dtype):
 AT_LEAST = {"gradients": 80, "update": 9 * 11}
 
 
-def test_every_matrix_product_of_the_step_is_fast():
-    for program, text in compiled_texts("bfloat16").items():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_every_matrix_product_of_the_step_is_fast(dtype):
+    texts = compiled_texts(dtype)
+    for program, text in texts.items():
         assert count_matrix_products(text) >= AT_LEAST[program]
         assert slow_matrix_products(text) == []
         assert float32_matrix_products(text) == []
+    # Of the six dense products of two layers: forward, both gradients, and once more in the first estimates.
+    in_eight_bits = re.findall(r"= s32\[[\d,]+\]\S* dot\(", texts["gradients"])
+    assert len(in_eight_bits) == (4 * 2 * 6 if dtype == "int8" else 0)
 
 
 def test_every_matrix_product_of_float32_gradients_is_left_to_eigen():
