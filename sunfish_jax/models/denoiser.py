@@ -100,6 +100,11 @@ class TextDenoiser(nn.Module):
     prompt_module: nn.Module | None = None
     quantized: bool = False
 
+    @property
+    def compute_dtype(self) -> str:
+        """Its value of the configuration key of that name."""
+        return "int8" if self.quantized else self.dtype.name
+
     def setup(self):
         width, zeros = self.width, nn.initializers.zeros
         self.raw_embedding = self.param(
