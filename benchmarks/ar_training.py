@@ -228,6 +228,8 @@ def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int)
         raise UserError(f"--workdir={workdir} holds a run that is no twin: name another folder")
     resuming = _has_checkpoint(workdir)
     saved = load_config(workdir) if resuming else None
+    if config.model.compute_dtype == "int8":
+        raise UserError("config.model.compute_dtype='int8' is for the denoiser: give the twin bfloat16 or float32")
     if config.model.compute_dtype == "auto":
         config.model.compute_dtype = saved.model.compute_dtype if saved else fastest_compute_dtype()
     if resuming:

@@ -182,7 +182,7 @@ def run(
     model, mesh = prepared.model, make_mesh(config.train.num_devices)
     state = make_state(config, prepared, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(f"{name}: {parameters:,} parameters, products in {model.compute_dtype}, {mesh.size} device(s)")
+    print(f"{name}: {parameters:,} parameters, products in {model.number_format}, {mesh.size} device(s)")
     check_same_function(model, state.params, torch)
     rate = MatrixRate(model.dtype)
     rate.measure()

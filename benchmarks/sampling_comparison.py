@@ -141,7 +141,7 @@ def run(sampled: Sampled, repeats: int, torch: TorchProcess | None) -> None:
       UserError: the configuration does not guide, or its prompt encoder is trained, which the twin has not.
     """
     task, short = Task.of(sampled, 3, 128, 20), Task.of(sampled, 1, 64, 10)
-    print(f"{sampled.name}: products in {sampled.model.compute_dtype}", flush=True)
+    print(f"{sampled.name}: products in {sampled.model.number_format}", flush=True)
     courses: dict[str, Callable[[], float]] = {
         "ours": lambda: seconds_of(lambda: task.sample(sampled)),
         "short": lambda: seconds_of(lambda: short.sample(sampled)),

@@ -101,8 +101,8 @@ class TextDenoiser(nn.Module):
     quantized: bool = False
 
     @property
-    def compute_dtype(self) -> str:
-        """Its value of the configuration key of that name."""
+    def number_format(self) -> str:
+        """Its value of the configuration's `model.compute_dtype`."""
         return "int8" if self.quantized else self.dtype.name
 
     def setup(self):
@@ -127,19 +127,8 @@ class TextDenoiser(nn.Module):
         self.null_prompt = self.param("null_prompt", nn.initializers.normal(1.0), (width,))
         self.prompt_kernel = self.param("prompt_kernel", kernel_init(width), (width, 2 * self.num_layers * width))
         layer = nn.remat(TransformerLayer) if self.remat else TransformerLayer
-        self.layers = [
-            layer(
-                width,
-                self.num_heads,
-                self.mlp_ratio,
-                self.conv_width,
-                self.dropout,
-                site,
-                self.dtype,
-                self.quantized,
-            )
-            for site in range(self.num_layers)
-        ]
+        sizes = (width, self.num_heads, self.mlp_ratio, self.conv_width, self.dropout)
+        self.layers = [layer(*sizes, site, self.dtype, self.quantized) for site in range(self.num_layers)]
         # Zero at the start, where the single-token posterior is all that is predicted.
         self.head_table = self.param("head_table", zeros, (self.vocab_size, width))
 
@@ -306,7 +295,7 @@ def quantized_kernels(model: TextDenoiser, params: Any) -> dict[str, Any]:
 
     Args:
       model: the denoiser.
-      params: its parameters, in any dtype.
+      params: its parameters.
 
     Returns:
       A collection of variables by its name; nothing for a model that is not quantized.

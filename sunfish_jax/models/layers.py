@@ -209,5 +209,6 @@ def _layer(parameters, x, rows: Rows, scales, prompts, dropout_seeds, first_site
     x = jnp.concatenate([residual(x, cross_attention(x, *prompt), 1) for x, prompt in pairs])
 
     h = norm(x, scales[2], parameters.mlp_taps)
-    kernels, quantized = zip(parameters.mlp_in, parameters.mlp_out, strict=True)
-    return residual(x, squared_relu_mlp(h, *kernels, *quantized), 2)
+    mlp_in, mlp_out = parameters.mlp_in, parameters.mlp_out
+    h = squared_relu_mlp(h, mlp_in.values, mlp_out.values, mlp_in.quantized, mlp_out.quantized)
+    return residual(x, h, 2)

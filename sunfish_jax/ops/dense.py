@@ -38,7 +38,8 @@ def dense(x: jax.Array, kernel: jax.Array, quantized: QuantizedKernel | None = N
     Args:
       x: [N, K], any float dtype; cast to the kernel's.
       kernel: [K, M].
-      quantized: the same kernel, to compute this and both gradients in eight bits.
+      quantized: the same kernel in eight bits, to multiply with it and its gradients so: x and the gradient of the
+        result are quantised too.
 
     Returns:
       [N, M] float32: XLA:CPU may take half as long again for a bfloat16 result.
@@ -47,21 +48,25 @@ def dense(x: jax.Array, kernel: jax.Array, quantized: QuantizedKernel | None = N
 
 
 def _dense_forward(x, kernel, quantized):
-    low = _rounded(x, kernel, quantized)
+    low = _narrow(x, kernel, quantized)
     # A zero-size array carries the input's dtype to the backward pass, where the gradient must have it.
     return _times(low, kernel, quantized), (low, kernel, quantized, jnp.zeros((0,), x.dtype))
 
 
 def _dense_backward(residuals, g):
     x, kernel, quantized, like_x = residuals
-    g = _rounded(g, kernel, quantized)
-    return input_gradient(g, kernel, quantized).astype(like_x.dtype), kernel_gradient(x, g, quantized is not None), None
+    g = _narrow(g, kernel, quantized)
+    return (
+        input_gradient(g, kernel, quantized).astype(like_x.dtype),
+        kernel_gradient(x, g, quantized is not None),
+        None,
+    )
 
 
-def _rounded(x, kernel, quantized):
+def _narrow(x, kernel, quantized):
     """x in the kernel's dtype."""
     low = x.astype(kernel.dtype)
-    # Read twice to be quantised, and for the gradient of the kernel: not to be made again for each.
+    # Read twice to be quantised by row, and twice by column: not to be made again for each.
     return low if quantized is None else jax.lax.optimization_barrier(low)
 
 
@@ -128,9 +133,9 @@ def squared_relu_mlp(
 
 
 def _mlp_forward(x, kernel_in, kernel_out, quantized_in, quantized_out):
-    low = _rounded(x, kernel_in, quantized_in)
+    low = _narrow(x, kernel_in, quantized_in)
     hidden = _times(low, kernel_in, quantized_in)
-    squared = _rounded(jnp.square(jax.nn.relu(hidden)), kernel_out, quantized_out)
+    squared = _narrow(jnp.square(jax.nn.relu(hidden)), kernel_out, quantized_out)
     y = _times_transposed(squared, kernel_out, quantized_out)
     kernels = (kernel_in, kernel_out, quantized_in, quantized_out)
     return y, (low, squared, kernels, jnp.zeros((0,), x.dtype))
@@ -138,11 +143,11 @@ def _mlp_forward(x, kernel_in, kernel_out, quantized_in, quantized_out):
 
 def _mlp_backward(residuals, g):
     low, squared, (kernel_in, kernel_out, quantized_in, quantized_out), like_x = residuals
-    g = _rounded(g, kernel_out, quantized_out)
+    g = _narrow(g, kernel_out, quantized_out)
     d_kernel_out = kernel_gradient(g, squared, quantized_out is not None)
     d_squared = _times(g, kernel_out, quantized_out)
     d_hidden = 2.0 * jnp.sqrt(squared.astype(jnp.float32)) * d_squared
-    d_hidden = _rounded(d_hidden, kernel_in, quantized_in)
+    d_hidden = _narrow(d_hidden, kernel_in, quantized_in)
     d_kernel_in = kernel_gradient(low, d_hidden, quantized_in is not None)
     d_x = input_gradient(d_hidden, kernel_in, quantized_in).astype(like_x.dtype)
     return d_x, d_kernel_in, d_kernel_out, None, None

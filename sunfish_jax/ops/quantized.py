@@ -1,8 +1,9 @@
 """Matrix products in eight bits, which processors with VNNI instructions make faster than in bfloat16.
 
 A matrix is rounded to multiples of a step of each row or column, so that a product of integers is exact but for
-that rounding: y_ij = s_i t_j sum_k a_ik b_kj (Dettmers et al. 2022, arXiv 2208.07339; in training, with the
-gradients of kernels left in 16 bits, Wortsman et al. 2023, arXiv 2304.13013).
+that rounding: y_ij = s_i t_j sum_k a_ik b_kj (Dettmers et al. 2022, arXiv 2208.07339). Gradients take the rounding
+for the identity, as in training with eight bits elsewhere, where those of kernels are often left in 16 (Wortsman et
+al. 2023, arXiv 2304.13013): here they are not (docs/experiments.md).
 """
 
 import flax.struct
@@ -46,10 +47,14 @@ class QuantizedKernel:
 def quantize(x: jax.Array, axis: int) -> Quantized:
     """The nearest multiples of steps that are a 127th of the largest absolute value along an axis.
 
+    What is not finite in x makes its step so, and with it all that is multiplied by that.
+
     Args:
-      x: [N, K]; bfloat16 is read fastest.
+      x: [N, K], rounded to bfloat16.
       axis: 1 for a step for each row, 0 for one for each column.
     """
+    # Of float32 the fast library's maximum may lose a NaN; it is also slower.
+    x = x.astype(jnp.bfloat16)
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
     steps = jnp.maximum(largest, _SMALLEST) / _LARGEST
     return Quantized(jnp.round(x.astype(jnp.float32) * (1.0 / steps)).astype(jnp.int8), steps)
@@ -66,7 +71,8 @@ def quantized_product(left: Quantized, right: Quantized, transposed: bool = Fals
 
     Args:
       left: [N, K] with a step for each row.
-      right: [K, M] with a step for each column; transposed, [M, K] with a step for each row.
+      right: [K, M] with a step for each column; transposed, [M, K] with a step for each row. The sums of up to
+        133,000 terms K fit into int32 whatever they are.
 
     Returns:
       [N, M] float32.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.data.packs import packs_per_pass
-from sunfish_jax.models.denoiser import TABLES, TextDenoiser, compute_params
+from sunfish_jax.models.denoiser import TABLES, TextDenoiser, compute_params, quantized_kernels
 from sunfish_jax.models.prompt import Prompt, round_up
 from sunfish_jax.training.passes import draw_packs, pass_loss
 from sunfish_jax.training.sharding import batch_sharding, state_shardings
@@ -24,7 +24,7 @@ class StepMemory:
 
     Attributes:
       state: its share of parameters, averages and moments.
-      parameters: the whole parameters in the compute dtype, read by the forward and backward passes.
+      parameters: the whole parameters as the forward and backward passes read them.
       gradients: the whole accumulated gradients, float32.
       activations: what one microbatch's forward pass keeps for its backward pass.
     """
@@ -62,6 +62,8 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
     vocabulary = jax.eval_shape(lambda params: model.apply({"params": params}, method="vocabulary"), state.params)
     # The tables are read as what the vocabulary makes of them.
     others = {name: leaf for name, leaf in narrow.items() if name not in TABLES}
+    # Rematerialised layers make theirs again.
+    quantized = {} if model.remat else jax.eval_shape(lambda params: quantized_kernels(model, params), narrow)
 
     def kept(params, vocabulary, batch):
         shape = batch.lengths.shape
@@ -76,11 +78,11 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
     )
     # The backward pass is itself a pytree; its leaves are the arrays it keeps. The kernels and the head among them
     # are counted apart.
-    kept_parameters = tree_bytes((others, vocabulary.head))
+    kept_parameters = tree_bytes((others, vocabulary.head, quantized))
     activations = tree_bytes(jax.eval_shape(kept, narrow, vocabulary, of_device)) - kept_parameters
     return StepMemory(
         state=state_bytes,
-        parameters=tree_bytes((others, vocabulary)),
+        parameters=tree_bytes((others, vocabulary, quantized)),
         gradients=sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)),
         activations=max(0, activations),
     )

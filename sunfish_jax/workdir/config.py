@@ -24,7 +24,7 @@ _PATH_KEYS = ("data.source", "tokenizer.path", "prompt_encoder.path")
 _FIXED_KEYS = ("diffusion.schedule", "optimizer.name", "train.seed", "train.init_from")
 
 _CHOICES = {
-    "model.compute_dtype": ("auto", "int8", "bfloat16", "float32"),
+    "model.compute_dtype": ("auto", "float32", "bfloat16", "int8"),
     "prompt_encoder.name": ("minilm", "transformer", "gpt2"),
     "diffusion.schedule": SCHEDULES,
     "optimizer.name": ("muon", "adamw"),

@@ -1,5 +1,7 @@
 """No slow form of matrix product may come back into sampling."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -53,6 +55,8 @@ def test_every_matrix_product_of_sampling_is_fast(dtype):
     # Ten products a layer and five around them; where guidance acts they are compiled a second time.
     assert count_matrix_products(text) >= 2 * 2 * 10
     assert slow_matrix_products(text) == []
+    # The six dense products of two layers, in the branches with and without guidance.
+    assert len(re.findall(r"= s32\[[\d,]+\]\S* dot\(", text)) == (26 if dtype == "int8" else 0)
     if dtype != "float32":
         assert float32_matrix_products(text) == []
 

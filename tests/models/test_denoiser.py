@@ -59,6 +59,10 @@ def inputs(model):
     return z, gamma, x_hat, jnp.zeros((ROWS, LENGTH), bool)
 
 
+def in_eight_bits(model):
+    return dataclasses.replace(model, dtype=jnp.dtype("bfloat16"), quantized=True)
+
+
 def prompt_of(seed, mask=None):
     states = np.random.default_rng(seed).normal(size=(ROWS, PROMPT_LENGTH, 24)).astype(np.float16)
     return Prompt(inputs=states, mask=np.ones((ROWS, PROMPT_LENGTH), bool) if mask is None else mask)
@@ -108,7 +112,9 @@ def test_layers_are_traced_once_for_all(model, inputs, monkeypatch):
     assert traced_layers(2, width=40) == traced_layers(5, width=48) > 0
 
 
-def test_rows_do_not_see_each_other(model, variables, inputs):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_rows_do_not_see_each_other(model, variables, inputs, quantized):
+    model = in_eight_bits(model) if quantized else model
     before = logits(model, variables, inputs, prompt_of(0))
     z, gamma, x_hat, known = inputs
     other = prompt_of(0)
@@ -241,7 +247,9 @@ def test_cross_entropy_is_that_of_the_logits(model, variables, inputs):
     np.testing.assert_allclose(losses, expected, atol=1e-4)
 
 
-def test_rematerialisation_changes_no_gradient(model, variables, inputs):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_rematerialisation_changes_no_gradient(model, variables, inputs, quantized):
+    model = in_eight_bits(model) if quantized else model
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
     seeds = jnp.arange(ROWS, dtype=jnp.uint32)
 
@@ -264,14 +272,14 @@ def test_rematerialisation_changes_no_gradient(model, variables, inputs):
 
 def test_eight_bits_change_the_logits_a_little(model, variables, inputs):
     narrow = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"))
-    quantized = dataclasses.replace(narrow, quantized=True)
-    exact, rounded, coarse = (logits(m, variables, inputs, prompt_of(0)) for m in (model, narrow, quantized))
+    models = model, narrow, in_eight_bits(model)
+    exact, rounded, coarse = (logits(m, variables, inputs, prompt_of(0)) for m in models)
     rounding, quantization = (np.abs(other - exact).max() for other in (rounded, coarse))
     assert 0 < rounding < quantization < 10 * rounding
 
 
 def test_kernels_are_the_same_quantized_before_and_within(model, variables, inputs):
-    quantized = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"), quantized=True)
+    quantized = in_eight_bits(model)
     made_before = jax.jit(quantized_kernels, static_argnums=0)(
         quantized, compute_params(variables["params"], jnp.bfloat16)
     )

@@ -2,7 +2,10 @@ import time
 
 import jax.numpy as jnp
 import pytest
+from encoders import FrozenEncoder
 
+from configs import nano
+from sunfish_jax.models.denoiser import make_model
 from sunfish_jax.ops import compute_dtype
 
 
@@ -46,3 +49,13 @@ def test_a_product_is_measured():
         product = compute_dtype._Product(dtype)
         assert 0 < product.processor_seconds() < 60
         assert {operand.dtype for operand in product._operands} == {jnp.dtype(dtype)}
+
+
+def test_a_model_is_made_in_the_format_that_is_measured(monkeypatch):
+    config = nano.get_config()
+    for number_format in compute_dtype.FORMATS:
+        monkeypatch.setattr(
+            "sunfish_jax.models.denoiser.fastest_compute_dtype",
+            lambda formats, chosen=number_format: chosen if chosen in formats else None,
+        )
+        assert make_model(config, 60, FrozenEncoder(output_dim=24)).number_format == number_format

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -165,3 +166,29 @@ def test_no_gradient_goes_through_the_steps():
     x, kernel = jnp.ones((3, 4)), jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.bfloat16)
     through = jax.grad(lambda w: dense(x, kernel, quantize_kernel(w)).sum())(kernel)
     np.testing.assert_array_equal(exact(through), 0)
+
+
+@pytest.mark.usefixtures("compiled_as_shipped")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_finite_stays_so(bad, dtype):
+    # Of the sizes that the fast library takes, whose maximum of float32 may lose a NaN; first, last and in between.
+    x, kernel = (jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype) for shape in ((96, 64), (64, 128)))
+    g = jnp.ones((96, 128))
+
+    @jax.jit
+    def everything(x, kernel, g):
+        narrow = kernel.astype(jnp.bfloat16)
+        return gradients(lambda x, w: dense(x, w, quantize_kernel(w)), (x, narrow), g)
+
+    for place in (0, 31, 63):
+        y, (_, d_kernel) = everything(x.at[5, place].set(bad), kernel, g)
+        assert not np.isfinite(exact(y[5])).any()
+        assert np.isfinite(exact(y[:5])).all()
+        assert not np.isfinite(exact(d_kernel[place])).any()
+        _, (d_x, d_kernel) = everything(x, kernel, g.at[7, place].set(bad))
+        assert not np.isfinite(exact(d_x[7])).any()
+        assert not np.isfinite(exact(d_kernel[:, place])).any()
+        y, (d_x, _) = everything(x, kernel.at[3, place].set(bad), g)
+        assert not np.isfinite(exact(y[:, place])).any()
+        assert not np.isfinite(exact(d_x[:, 3])).any()

@@ -214,3 +214,13 @@ def test_step_is_compiled_once_for_each_row_length(capsys):
         state, metrics = step(state, batch(length))
     assert compiled == [8, 16] and state == 56 and metrics == {"loss": 1.5}
     assert capsys.readouterr().out.count("compiled the step") == 2
+
+
+def test_auto_may_choose_eight_bits_and_a_run_goes_on_as_it_began(monkeypatch, capsys):
+    monkeypatch.setattr(loop, "fastest_compute_dtype", lambda formats: formats[-1])
+    auto = ConfigDict({"model": {"compute_dtype": "auto"}})
+    assert loop._with_compute_dtype(auto, None).model.compute_dtype == "int8"
+    assert "computing in int8, the fastest here" in capsys.readouterr().out
+    for saved in ("int8", "bfloat16"):
+        resumed = loop._with_compute_dtype(auto, ConfigDict({"model": {"compute_dtype": saved}}))
+        assert resumed.model.compute_dtype == saved

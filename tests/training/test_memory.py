@@ -53,6 +53,18 @@ def test_activations_grow_with_rows_and_shrink_with_rematerialisation():
     assert step_memory(config, remat, make_mesh(1)).activations < 0.7 * many
 
 
+def test_kernels_in_eight_bits_are_parameters():
+    config, model = config_and_model("nano")
+    plain = step_memory(config, model, make_mesh(1))
+    config.model.compute_dtype = "int8"
+    quantized = step_memory(config, make_model(config, config.tokenizer.vocab_size, ENCODER), make_mesh(1))
+    # Three layers of 64, each kernel twice: a byte a number, and steps of four bytes for its rows and columns.
+    kernels = 3 * (3 + 1 + 1 + 1 + 4 + 4) * 64 * 64
+    steps = 3 * 4 * (4 + 2 + 2 + 2 + 5 + 5) * 64
+    assert quantized.parameters - plain.parameters == 2 * kernels + steps
+    assert quantized.activations == plain.activations
+
+
 def test_the_whole_step_of_full_can_be_traced():
     config, model = config_and_model("full")
     memory = step_memory(config, model, make_mesh(2))

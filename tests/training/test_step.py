@@ -436,3 +436,24 @@ def test_what_products_read_as_it_is_is_cast_to_the_compute_dtype(new_state):
     kept = {path[-1].key for path, leaf in jax.tree.leaves_with_path(narrow) if leaf.dtype == jnp.float32}
     vectors = {"known_vector", "null_prompt", "log_unigram", "bias_in", "attention_taps", "mlp_taps"}
     assert kept == {"embedding", "head_table"} | vectors
+
+
+def test_gradients_in_eight_bits_point_where_those_in_float32_do(config, step, new_state):
+    state, batch = moved(new_state()), random_batch()
+    exact = step.gradients(state, batch)
+
+    def gradients(number_format):
+        changed = config.copy_and_resolve_references()
+        changed.model.compute_dtype = number_format
+        model = make_model(changed, VOCAB, ENCODER)
+        return make_train_step(changed, model, make_mesh(1)).gradients(state, batch)
+
+    def errors(approximate):
+        """Of each layer's kernels, relative to the kernel's gradient."""
+        pairs = zip(exact.params["layers_0"].items(), approximate.params["layers_0"].values(), strict=True)
+        return {name: np.linalg.norm(g - e) / np.linalg.norm(e) for (name, e), g in pairs if e.shape[0] > 3}
+
+    bfloat16, int8 = errors(gradients("bfloat16")), errors(gradients("int8"))
+    assert set(int8) == {"attention_in", "attention_out", "cross_in", "cross_out", "mlp_in", "mlp_out"}
+    for name in int8:
+        assert 0 < bfloat16[name] < int8[name] < 0.1

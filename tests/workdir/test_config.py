@@ -56,7 +56,7 @@ def test_micro_is_the_recommended_model():
         ("model.block_size", 100, ["block_size=100", "multiple of 16"]),
         ("model.conv_width", 4, ["conv_width=4", "odd"]),
         ("model.dropout", 1.0, ["dropout=1.0", "below 1"]),
-        ("model.compute_dtype", "fp8", ["'fp8'", "auto, int8, bfloat16, float32"]),
+        ("model.compute_dtype", "fp8", ["'fp8'", "auto, float32, bfloat16, int8"]),
         ("model.width", "64", ["model.width='64'", "type int"]),
         ("model.width", True, ["model.width=True", "type int"]),
         ("model.remat", 1, ["model.remat=1", "type bool"]),
