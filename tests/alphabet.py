@@ -22,6 +22,7 @@ class AlphabetDenoiser(LogitsAsFeatures):
     vocab_size: int = len(TOKENIZER)
     embedding_dim: int = DIM
     dtype: jnp.dtype = jnp.dtype("float32")
+    quantized: bool = False
 
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (self.vocab_size, DIM))

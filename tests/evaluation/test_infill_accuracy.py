@@ -20,6 +20,7 @@ class Counting(LogitsAsFeatures):
 
     vocab_size: int = VOCAB
     dtype: jnp.dtype = jnp.dtype("float32")
+    quantized: bool = False
 
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, DIM))

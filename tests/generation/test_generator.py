@@ -27,6 +27,7 @@ class Stub(LogitsAsFeatures):
 
     prior: float = 0.0
     dtype: jnp.dtype = jnp.dtype("float32")
+    quantized: bool = False
 
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, DIM))
