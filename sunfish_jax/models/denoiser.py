@@ -18,7 +18,7 @@ from sunfish_jax.models.layers import (
     split_heads,
 )
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.ops.compute_dtype import FORMATS, fastest_compute_dtype
+from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.ops.cross_entropy import cross_entropy, expected_embedding, token_logits
 from sunfish_jax.ops.dense import dense, transposed_copy
 from sunfish_jax.ops.quantized import quantize_kernel
@@ -255,7 +255,7 @@ def make_model(config: ConfigDict, vocab_size: int, prompt_encoder) -> TextDenoi
     del fields["block_size"]
     compute_dtype = fields.pop("compute_dtype")
     if compute_dtype == "auto":
-        compute_dtype = fastest_compute_dtype(FORMATS)
+        compute_dtype = fastest_compute_dtype(config.model.width)
     quantized = compute_dtype == "int8"
     dtype = jnp.dtype("bfloat16" if quantized else compute_dtype)
     return TextDenoiser(

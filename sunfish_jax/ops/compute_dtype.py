@@ -1,7 +1,6 @@
 """Which number format this machine multiplies matrices in."""
 
 import time
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +11,26 @@ FORMATS = ("float32", "bfloat16", "int8")
 # One is taken when it is at least this many times as fast as the one before: less would not repay its rounding, and
 # in int8 the finding of its steps.
 _WORTHWHILE = {"bfloat16": 1.2, "int8": 1.4}
+# Of narrower layers, what finding the steps takes is more than eight bits save (docs/performance.md).
+_NARROWEST_IN_INT8 = 256
 _REPEATS = 20
 
 
-def fastest_compute_dtype(formats: Sequence[str] = ("float32", "bfloat16")) -> str:
+def fastest_compute_dtype(width: int = 0) -> str:
     """Measures a transformer-sized product in each format on this machine.
 
     By processor time, which other processes do not lengthen: by the clock, three of them took the ratio of two
     formats to anything from 0.6 to 1.1 of what it is, and a run keeps the format that it began with.
 
     Args:
-      formats: to choose from, in the order of `FORMATS`.
+      width: of layers that can multiply in int8; 0 for a model that has none.
 
     Returns:
-      One of them. Accelerators are taken to have fast bfloat16.
+      One of `FORMATS`. Accelerators are taken to have fast bfloat16.
     """
     if jax.default_backend() != "cpu":
         return "bfloat16"
+    formats = FORMATS if width >= _NARROWEST_IN_INT8 else FORMATS[:2]
     products = {dtype: _Product(dtype) for dtype in formats}
     seconds = dict.fromkeys(products, 0.0)
     # In turn, so that a change of the processor's speed meets all. Of all repeats, since what a thread does may be

@@ -18,7 +18,7 @@ from sunfish_jax.data.batches import PackedBatch, batch_iterator
 from sunfish_jax.errors import UserError
 from sunfish_jax.ops.allocator import give_back_freed_memory
 from sunfish_jax.ops.awake import awake_cores
-from sunfish_jax.ops.compute_dtype import FORMATS, fastest_compute_dtype
+from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.init_from import init_state, init_tokenizer
 from sunfish_jax.training.interrupt import StopRequest
 from sunfish_jax.training.preparation import Prepared, begin_workdir, prepare_run
@@ -116,7 +116,7 @@ def _with_compute_dtype(config: ConfigDict, saved: ConfigDict | None) -> ConfigD
     if saved:
         config.model.compute_dtype, why = saved.model.compute_dtype, "as the run began"
     else:
-        config.model.compute_dtype, why = fastest_compute_dtype(FORMATS), "the fastest here"
+        config.model.compute_dtype, why = fastest_compute_dtype(config.model.width), "the fastest here"
     print(f"computing in {config.model.compute_dtype}, {why}", flush=True)
     return config
 

@@ -62,16 +62,19 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
     vocabulary = jax.eval_shape(lambda params: model.apply({"params": params}, method="vocabulary"), state.params)
     # The tables are read as what the vocabulary makes of them.
     others = {name: leaf for name, leaf in narrow.items() if name not in TABLES}
-    # Rematerialised layers make theirs again.
-    quantized = {} if model.remat else jax.eval_shape(lambda params: quantized_kernels(model, params), narrow)
+    quantized = jax.eval_shape(lambda params: quantized_kernels(model, params), narrow)
 
-    def kept(params, vocabulary, batch):
+    def kept(params, quantized, vocabulary, batch):
         shape = batch.lengths.shape
         keys, numbers = jax.random.split(jax.random.key(0), 3), jnp.zeros(shape[:2], jnp.int32)
         drawn = draw_packs(batch, jnp.zeros(shape), keys, numbers, config.diffusion.conditioning_dropout)
         packs = jax.tree.map(lambda leaf: leaf[0], drawn)
         x_hat = jnp.zeros((*packs.tokens.shape, model.embedding_dim))
-        return jax.vjp(lambda p, v: pass_loss(model, p, v, packs, x_hat, 1.0), params, vocabulary, has_aux=True)[1]
+
+        def loss(params, vocabulary):
+            return pass_loss(model, params, quantized, vocabulary, packs, x_hat, 1.0)
+
+        return jax.vjp(loss, params, vocabulary, has_aux=True)[1]
 
     of_device = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(batch_sharding(mesh).shard_shape(leaf.shape), leaf.dtype), batch
@@ -79,7 +82,7 @@ def step_memory(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> StepMemo
     # The backward pass is itself a pytree; its leaves are the arrays it keeps. The kernels and the head among them
     # are counted apart.
     kept_parameters = tree_bytes((others, vocabulary.head, quantized))
-    activations = tree_bytes(jax.eval_shape(kept, narrow, vocabulary, of_device)) - kept_parameters
+    activations = tree_bytes(jax.eval_shape(kept, narrow, quantized, vocabulary, of_device)) - kept_parameters
     return StepMemory(
         state=state_bytes,
         parameters=tree_bytes((others, vocabulary, quantized)),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sunfish_jax.data.batches import PackedBatch
 from sunfish_jax.diffusion.process import diffuse
 from sunfish_jax.diffusion.self_conditioning import first_estimates, self_conditioned_packs
-from sunfish_jax.models.denoiser import TextDenoiser, Vocabulary
+from sunfish_jax.models.denoiser import TextDenoiser, Vocabulary, quantized_kernels
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.rows import PackedRows
 from sunfish_jax.training.sharding import DATA_AXIS
@@ -138,18 +138,20 @@ def device_gradients(
     numbers = first_packs[:, None] + jnp.arange(num_packs)
     packs = draw_packs(batch, gamma, keys, numbers, config.conditioning_dropout)
     turns = self_conditioned_packs(num_passes, num_packs, num_devices, config.self_conditioning_every)
-    x_hat = estimates(model, params, vocabulary, packs, jnp.asarray(turns)[step % len(turns), device])
-    loss_and_gradient = jax.value_and_grad(pass_loss, argnums=(1, 2), has_aux=True)
+    # For all passes; no gradient flows to what is made of the parameters here.
+    quantized = quantized_kernels(model, params)
+    x_hat = estimates(model, params, quantized, vocabulary, packs, jnp.asarray(turns)[step % len(turns), device])
+    loss_and_gradient = jax.value_and_grad(pass_loss, argnums=(1, 3), has_aux=True)
 
     def accumulate(total, of_pass):
-        (_, of_rows), gradients = loss_and_gradient(model, params, vocabulary, *of_pass, num_targets)
+        (_, of_rows), gradients = loss_and_gradient(model, params, quantized, vocabulary, *of_pass, num_targets)
         return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradients), of_rows
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (params, vocabulary))
     return jax.lax.scan(accumulate, zeros, (packs, x_hat))
 
 
-def estimates(model, params, vocabulary, packs: DrawnPacks, chosen: jax.Array) -> jax.Array:
+def estimates(model, params, quantized, vocabulary, packs: DrawnPacks, chosen: jax.Array) -> jax.Array:
     """The self-conditioning input of all passes, [A, P, n, D]: first estimates of some packs, zeros for the others.
 
     Made before the passes: it depends on none of them, and some packs of each make full passes together.
@@ -157,6 +159,7 @@ def estimates(model, params, vocabulary, packs: DrawnPacks, chosen: jax.Array) -
     Args:
       model: the denoiser.
       params: its parameters, kernels in the compute dtype.
+      quantized: what `quantized_kernels` makes of them.
       vocabulary: made of them.
       packs: of all passes, [A, P].
       chosen: as for `first_estimates`.
@@ -167,18 +170,21 @@ def estimates(model, params, vocabulary, packs: DrawnPacks, chosen: jax.Array) -
         few = jax.tree.map(lambda leaf: leaf[numbers], flat)
         z, prompts = few.inputs(model, params, vocabulary)
         inputs = vocabulary, z, few.gamma.ravel(), jnp.zeros_like(z), few.known_mask, prompts
-        return model.apply({"params": params}, *inputs, packed=few.rows(), method="estimate")
+        return model.apply({"params": params} | quantized, *inputs, packed=few.rows(), method="estimate")
 
     shape = (*flat.tokens.shape, model.embedding_dim)
     return first_estimates(estimate, shape, chosen).reshape(*packs.tokens.shape, -1)
 
 
-def pass_loss(model, params, vocabulary, packs: DrawnPacks, x_hat, num_targets) -> tuple[jax.Array, jax.Array]:
+def pass_loss(
+    model, params, quantized, vocabulary, packs: DrawnPacks, x_hat, num_targets
+) -> tuple[jax.Array, jax.Array]:
     """The summed loss of one forward pass's rows, over the number of targets of the whole step.
 
     Args:
       model: the denoiser.
       params: its parameters, kernels in the compute dtype.
+      quantized: what `quantized_kernels` makes of them.
       vocabulary: made of them.
       packs: [P] of b rows.
       x_hat: [P, n, D] their first estimates, or zeros.
@@ -190,7 +196,7 @@ def pass_loss(model, params, vocabulary, packs: DrawnPacks, x_hat, num_targets) 
     z, prompts = packs.inputs(model, params, vocabulary)
     rows = packs.rows()
     losses = model.apply(
-        {"params": params},
+        {"params": params} | quantized,
         vocabulary,
         packs.tokens,
         z,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from encoders import FrozenEncoder
+from jaxprs import equations
 
 from configs import micro
 from sunfish_jax.diffusion.samplers import make_steps
@@ -38,15 +39,6 @@ def traced_sampling(dtype):
     keys, steps = sample_keys(0, jnp.arange(rows)), make_steps(schedule, 4, "ddim")
     statics = {"seq_len": 64, "guidance_scale": 1.5, "counter": None}
     return _generate.trace(model, params, prompt, keys, steps, interval, 1.0, None, **statics)
-
-
-def equations(jaxpr):
-    """Those of a jaxpr and of all within it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(equation.params):
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])

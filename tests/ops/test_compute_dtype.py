@@ -29,7 +29,8 @@ def test_less_precision_is_taken_where_it_is_clearly_faster(monkeypatch, seconds
 
     monkeypatch.setattr(compute_dtype, "_Product", Product)
     assert compute_dtype.fastest_compute_dtype() == without_int8
-    assert compute_dtype.fastest_compute_dtype(compute_dtype.FORMATS) == with_int8
+    assert compute_dtype.fastest_compute_dtype(128) == without_int8
+    assert compute_dtype.fastest_compute_dtype(256) == with_int8
 
 
 def test_waiting_for_other_processes_is_not_counted():
@@ -56,6 +57,6 @@ def test_a_model_is_made_in_the_format_that_is_measured(monkeypatch):
     for number_format in compute_dtype.FORMATS:
         monkeypatch.setattr(
             "sunfish_jax.models.denoiser.fastest_compute_dtype",
-            lambda formats, chosen=number_format: chosen if chosen in formats else None,
+            lambda width, chosen=number_format: {config.model.width: chosen}[width],
         )
         assert make_model(config, 60, FrozenEncoder(output_dim=24)).number_format == number_format

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from encoders import FrozenEncoder
+from jaxprs import equations
 
 from configs import micro
 from sunfish_jax.data.batches import PackedBatch
@@ -79,6 +80,24 @@ def test_every_matrix_product_of_the_step_is_fast(dtype):
     # Of the six dense products of two layers: forward, both gradients, and once more in the first estimates.
     in_eight_bits = re.findall(r"= s32\[[\d,]+\]\S* dot\(", texts["gradients"])
     assert len(in_eight_bits) == (4 * 2 * 6 if dtype == "int8" else 0)
+
+
+def test_kernels_are_quantized_once_a_step():
+    step, state, batch = step_and_arguments("int8")
+    jaxpr = step.gradients.trace(state, batch).jaxpr
+
+    def quantized(jaxpr):
+        return [
+            e for e in equations(jaxpr) if e.primitive.name == "convert_element_type" and is_kernel(e.outvars[0])
+        ]
+
+    def is_kernel(variable):
+        return variable.aval.dtype == jnp.int8 and variable.aval.shape == (512, 3 * 512)
+
+    scans = [e.params["jaxpr"] for e in equations(jaxpr) if e.primitive.name == "scan"]
+    # Self-attention's of two layers, by row and by column; none where passes are made.
+    assert len(quantized(jaxpr)) == 2 * 2
+    assert scans and not any(quantized(scan) for scan in scans)
 
 
 def test_every_matrix_product_of_float32_gradients_is_left_to_eigen():

@@ -217,8 +217,8 @@ def test_step_is_compiled_once_for_each_row_length(capsys):
 
 
 def test_auto_may_choose_eight_bits_and_a_run_goes_on_as_it_began(monkeypatch, capsys):
-    monkeypatch.setattr(loop, "fastest_compute_dtype", lambda formats: formats[-1])
-    auto = ConfigDict({"model": {"compute_dtype": "auto"}})
+    monkeypatch.setattr(loop, "fastest_compute_dtype", lambda width: {512: "int8"}[width])
+    auto = ConfigDict({"model": {"compute_dtype": "auto", "width": 512}})
     assert loop._with_compute_dtype(auto, None).model.compute_dtype == "int8"
     assert "computing in int8, the fastest here" in capsys.readouterr().out
     for saved in ("int8", "bfloat16"):

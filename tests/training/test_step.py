@@ -254,7 +254,7 @@ def test_untrained_loss_is_the_single_token_posteriors(model, new_state):
     packs, batch = jax.tree.map(lambda leaf: leaf[0], (packs, batch))
     vocabulary = vocabulary_of(model, params)
     no_estimates = jnp.zeros((4, SIZE, model.embedding_dim))
-    loss, of_rows = jax.jit(pass_loss, static_argnums=0)(model, params, vocabulary, packs, no_estimates, 2.0)
+    loss, of_rows = jax.jit(pass_loss, static_argnums=0)(model, params, {}, vocabulary, packs, no_estimates, 2.0)
 
     table = np.asarray(vocabulary.embeddings, np.float64)
     bias = np.asarray(params["log_unigram"], np.float64)
@@ -362,7 +362,7 @@ def test_estimates_are_the_models_own_for_each_row_by_itself(model, new_state):
     gamma = jnp.linspace(-1.0, 3.0, 12).reshape(2, 3, ROWS)
     packs = jax.jit(draw_packs)(batch, gamma, keys, numbers, dropout=0.5)
     chosen = jnp.asarray([[1, 5], [3, -1]])
-    got = jax.jit(estimates, static_argnums=0)(model, params, vocabulary, packs, chosen).reshape(6, SIZE, -1)
+    got = jax.jit(estimates, static_argnums=0)(model, params, {}, vocabulary, packs, chosen).reshape(6, SIZE, -1)
     np.testing.assert_array_equal(got[jnp.asarray([0, 2, 4])], 0.0)
 
     inputs = jax.jit(DrawnPacks.inputs, static_argnums=1)
@@ -397,10 +397,10 @@ def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, step, new_st
         numbers = jnp.arange(8).reshape(2, 4)
         packs = draw_packs(batch, gamma, keys, numbers, config.diffusion.conditioning_dropout)
         vocabulary = vocabulary_of(model, params)
-        x_hat = estimates(model, params, vocabulary, packs, jnp.asarray([[0, 4]]))
+        x_hat = estimates(model, params, {}, vocabulary, packs, jnp.asarray([[0, 4]]))
         one_pass = jax.tree.map(lambda leaf: leaf.reshape(8, *leaf.shape[2:]), (packs, x_hat))
         num_targets = jnp.sum(targets(batch.lengths, batch.known_mask))
-        return pass_loss(model, params, vocabulary, *one_pass, num_targets)[0]
+        return pass_loss(model, params, {}, vocabulary, *one_pass, num_targets)[0]
 
     value, expected = loss(state.params, state, batch)
     assert float(got.loss) == pytest.approx(float(value), rel=1e-5)
