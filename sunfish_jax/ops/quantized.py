@@ -6,6 +6,8 @@ for the identity, as in training with eight bits elsewhere, where those of kerne
 al. 2023, arXiv 2304.13013): here they are not (docs/experiments.md).
 """
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 _LARGEST = 127.0
 # Keeps a row of zeros from being divided by zero.
 _SMALLEST = 1e-30
+# Of a row, whose maxima are made at once.
+_PARTS = 32
 
 
 @flax.struct.dataclass
@@ -53,11 +57,24 @@ def quantize(x: jax.Array, axis: int) -> Quantized:
       x: [N, K], rounded to bfloat16.
       axis: 1 for a step for each row, 0 for one for each column.
     """
-    # Of float32 the fast library's maximum may lose a NaN; it is also slower.
     x = x.astype(jnp.bfloat16)
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
-    steps = jnp.maximum(largest, _SMALLEST) / _LARGEST
+    steps = jnp.maximum(_largest(x, axis).astype(jnp.float32), _SMALLEST) / _LARGEST
     return Quantized(jnp.round(x.astype(jnp.float32) * (1.0 / steps)).astype(jnp.int8), steps)
+
+
+def _largest(x: jax.Array, axis: int) -> jax.Array:
+    """max |x| along an axis of a bfloat16 matrix, which stays with length 1; NaN where there is one.
+
+    Without the sign, the bits of floating-point numbers are integers in the order of their absolute values, infinity
+    and then NaN above all. A maximum of integers XLA makes in a loop of its own, in half the time of the fast
+    library's, which would be one more program of it to load at every start.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int16) & jnp.int16(0x7FFF)
+    if axis == 1:
+        # Parts of the rows with each other first: the loop can be vectorised over what it does not sum over.
+        parts = math.gcd(x.shape[1], _PARTS)
+        bits = jax.lax.optimization_barrier(jnp.max(bits.reshape(len(x), parts, -1), axis=1))
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=True), jnp.bfloat16)
 
 
 def quantize_kernel(kernel: jax.Array) -> QuantizedKernel:
