@@ -172,7 +172,7 @@ def test_no_gradient_goes_through_the_steps():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_not_finite_stays_so(bad, dtype):
-    # Of the sizes that the fast library takes, whose maximum of float32 may lose a NaN; first, last and in between.
+    # First, last and in between of what a maximum is taken of in parts.
     x, kernel = (jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype) for shape in ((96, 64), (64, 128)))
     g = jnp.ones((96, 128))
 
