@@ -410,4 +410,5 @@ def torch_ratios(tokens_per_s: float, optimizer: str, torch: TorchCourses) -> di
         "ratio_torch_twin": round(ours_adamw / twin, 3),
         "ratio_torch_twin_as_configured": round(tokens_per_s / twin, 3),
         "ratio_first_sunfish": round(tokens_per_s / positions, 3),
+        "ratio_first_sunfish_real_tokens": round(tokens_per_s / first, 3),
     }

@@ -15,8 +15,8 @@ format, would do in that time.
 both sides (optax's own Muon on theirs). `ratio_torch_twin` is that over the twin's (torch_twin.py), with AdamW on
 both sides, and `ratio_torch_twin_as_configured` with the configuration's optimiser on ours. `ratio_first_sunfish`
 is our real tokens per second, as configured, over the *positions* per second of the first SunFish
-(first_sunfish.py), as if no position of it were padding. It pads every row to 256: over its real tokens, the ratio
-is the larger one that is printed above.
+(first_sunfish.py), as if no position of it were padding; `ratio_first_sunfish_real_tokens` is that over its real
+tokens, since it pads every row to 256.
 """
 
 import tempfile

@@ -89,7 +89,7 @@ def make_measured(torch: bool) -> Measured:
     courses = None
     if torch:
         # Every second one counts.
-        first = FixedFirst([99.0, 16.0, 99.0, 90.0, 99.0, 17.0])
+        first = FixedFirst(each for counted in (16.0, 90.0, 17.0, 16.5, 17.0, 60.0) for each in (99.0, counted))
         twin = Course.of(Fixed(each=0.02), padded)
         courses = TorchCourses(Course.of(Fixed(each=0.008), mix), twin, first, first_times=[], filled=0.4)
     plain = Course.of(Fixed(each=0.03), short_padded)
@@ -127,6 +127,7 @@ def test_with_pytorch(config, capsys):
         "ratio_torch_twin": 2.5,
         "ratio_torch_twin_as_configured": 2.0,
         "ratio_first_sunfish": pytest.approx(62.5 / positions, abs=1e-3),
+        "ratio_first_sunfish_real_tokens": pytest.approx(62.5 / (0.4 * positions), abs=1e-3),
     }
     assert f"{62.5 / (0.4 * positions):.2f} times its real tokens" in printed
     assert "ours with muon" in printed and "ours with AdamW" in printed
@@ -136,7 +137,8 @@ def test_with_pytorch(config, capsys):
 def test_everything_is_timed_in_turn():
     measured = make_measured(True)
     measure(measured, 3, FixedRate())
-    assert len(measured.torch.first_times) == 3
+    # Beside each of our two shapes.
+    assert measured.torch.first_times == [16.0, 90.0, 17.0, 16.5, 17.0, 60.0]
     for course in (measured.ours, measured.ours_short, measured.plain, measured.torch.ours, measured.torch.twin):
         assert [len(times) for times in course.times] == [3, 3]
     # Ours, in whole and in shortened steps, alternate rather than coming in blocks, one shape after the other;
