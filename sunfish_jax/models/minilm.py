@@ -155,7 +155,7 @@ class MiniLMStates:
 
 
 def _prompts_per_call(size: int, longest: int) -> int:
-    """How many prompts there may be in a call, of which those of more than half the length never fill it."""
+    """How many prompts a call may have: as many as fill it where they are 0.4 times as long as they may be."""
     return 5 * size // (2 * longest)
 
 
