@@ -141,8 +141,11 @@ class MiniLMStates:
         pending = []
         for most in np.unique(longest[lengths > 0]).tolist():
             size = max(_POSITIONS, _LONGEST_PER_CALL * most)
-            for prompts in _calls(np.flatnonzero((longest == most) & (lengths > 0)), lengths, size, most):
-                words, of_prompts = np.zeros(size, np.int32), np.zeros(_prompts_per_call(size, most), np.int32)
+            # As many as fill it where they are 0.4 times as long as they may be.
+            num_prompts = 5 * size // (2 * most)
+            of_class = np.flatnonzero((longest == most) & (lengths > 0))
+            for prompts in _calls(of_class, lengths, size - most, num_prompts):
+                words, of_prompts = np.zeros(size, np.int32), np.zeros(num_prompts, np.int32)
                 given = mask[prompts]
                 words[: given.sum()] = tokens[prompts][given]
                 of_prompts[: len(prompts)] = lengths[prompts]
@@ -154,23 +157,18 @@ class MiniLMStates:
         return states
 
 
-def _prompts_per_call(size: int, longest: int) -> int:
-    """How many prompts a call may have: as many as fill it where they are 0.4 times as long as they may be."""
-    return 5 * size // (2 * longest)
-
-
-def _calls(prompts: np.ndarray, lengths: np.ndarray, size: int, longest: int) -> list[np.ndarray]:
+def _calls(prompts: np.ndarray, lengths: np.ndarray, last_start: int, most: int) -> list[np.ndarray]:
     """Splits prompts, in their order, into those of one call each.
 
     Args:
         prompts: `[m]`, their numbers.
         lengths: `[n]` tokens of each number's prompt.
-        size: positions of a call.
-        longest: how long a prompt may be.
+        last_start: the last position at which a prompt may begin.
+        most: prompts a call may have.
     """
-    calls, end = [], size
+    calls, end = [], 0
     for prompt in prompts.tolist():
-        if end > size - longest or len(calls[-1]) == _prompts_per_call(size, longest):
+        if not calls or end > last_start or len(calls[-1]) == most:
             calls.append([])
             end = 0
         calls[-1].append(prompt)
