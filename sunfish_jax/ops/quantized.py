@@ -16,7 +16,7 @@ import jax.numpy as jnp
 _LARGEST = 127.0
 # Keeps a row of zeros from being divided by zero.
 _SMALLEST = 1e-30
-# Of a row, whose maxima are made at once.
+# Of a row or a column, whose maxima are made at once.
 _PARTS = 32
 
 
@@ -70,11 +70,15 @@ def _largest(x: jax.Array, axis: int) -> jax.Array:
     library's, of which every one is a program to load at the start.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int16) & jnp.int16(0x7FFF)
+    rows, columns = x.shape
+    # Parts of a row, or of a column, with each other first: a loop that is vectorised over what it does not sum
+    # over, and that reads x itself. XLA divides a column of its own accord, but stores all the bits for that.
     if axis == 1:
-        # Parts of the rows with each other first: the loop can be vectorised over what it does not sum over.
-        parts = math.gcd(x.shape[1], _PARTS)
-        bits = jax.lax.optimization_barrier(jnp.max(bits.reshape(len(x), parts, -1), axis=1))
-    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=True), jnp.bfloat16)
+        bits = bits.reshape(rows, math.gcd(columns, _PARTS), -1)
+    else:
+        bits = bits.reshape(math.gcd(rows, _PARTS), -1, columns)
+    bits = jax.lax.optimization_barrier(jnp.max(bits, axis))
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=True), jnp.bfloat16)
 
 
 def quantize_kernel(kernel: jax.Array) -> QuantizedKernel:
