@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,8 +46,8 @@ class GradientSums:
     def comparisons(self) -> dict[str, "Comparison"]:
         """By kind of kernel, then of all of them, then of all other parameters."""
         groups = collections.defaultdict(list)
-        for path, sums in self.exact.items():
-            if sums.ndim == 3 and path[-1].endswith(KERNEL_SUFFIXES):
+        for path in self.exact:
+            if self._is_kernel(path):
                 groups[path[-1]].append(path)
                 groups[ALL_KERNELS].append(path)
             else:
@@ -54,21 +55,23 @@ class GradientSums:
         last = {name: groups.pop(name) for name in (ALL_KERNELS, OTHERS) if name in groups}
         return {name: self._comparison(paths) for name, paths in {**groups, **last}.items()}
 
+    def _is_kernel(self, path: tuple[str, ...]) -> bool:
+        """Whether it is a matrix that features are multiplied with, which Muon orthogonalises."""
+        return self.exact[path].ndim == 3 and path[-1].endswith(KERNEL_SUFFIXES)
+
     def _comparison(self, paths: list[tuple[str, ...]]) -> "Comparison":
-        exact = [self.exact[path] for path in paths]
-        given = [self.given[path] for path in paths]
-        square = sum(_squared(sums.sum(0)) for sums in exact)
-        of_mean = sum(_squared(g.sum(0) - e.sum(0)) for g, e in zip(given, exact, strict=True))
-        chance = sum(_squared(sums[0] - sums[1]) for sums in exact)
-        kernels = all(sums.ndim == 3 for sums in exact)
+        some, others = zip(*(self.exact[path] for path in paths), strict=True)
+        exact = [self.exact[path].sum(0) for path in paths]
+        given = [self.given[path].sum(0) for path in paths]
+        square = sum(map(_squared, exact))
+        squared_errors = sum(self.squared_errors[path] for path in paths)
+        kernels = all(map(self._is_kernel, paths))
         return Comparison(
-            one_batch=_root(
-                sum(self.squared_errors[path] for path in paths) / sum(self.squares[path] for path in paths)
-            ),
-            mean=_root(of_mean / square),
-            chance=_root(chance / square),
-            direction=_cosine(_directions(given, slice(2)), _directions(exact, slice(2))) if kernels else None,
-            direction_chance=_cosine(_directions(exact, 0), _directions(exact, 1)) if kernels else None,
+            one_batch=math.sqrt(squared_errors / sum(self.squares[path] for path in paths)),
+            mean=math.sqrt(sum(map(_squared, map(np.subtract, given, exact))) / square),
+            chance=math.sqrt(sum(map(_squared, map(np.subtract, some, others))) / square),
+            direction=_cosine_of_directions(given, exact) if kernels else None,
+            direction_chance=_cosine_of_directions(some, others) if kernels else None,
         )
 
 
@@ -92,27 +95,20 @@ class Comparison:
     direction_chance: float | None
 
 
-def _directions(sums: list[np.ndarray], halves: slice | int) -> Iterator[np.ndarray]:
-    for both in sums:
-        summed = both[halves] if isinstance(halves, int) else both[halves].sum(0)
-        yield np.asarray(_orthogonalize(summed), np.float64)
-
-
 @jax.jit
-def _orthogonalize(matrix: jax.Array) -> jax.Array:
+def _direction(matrix: jax.Array) -> jax.Array:
     return orthogonalize(matrix, jnp.float32)
 
 
-def _cosine(some: Iterator[np.ndarray], others: Iterator[np.ndarray]) -> float:
-    """Of two lists of matrices, each as one long vector."""
-    products = np.sum([[np.vdot(a, b), np.vdot(a, a), np.vdot(b, b)] for a, b in zip(some, others, strict=True)], 0)
-    return float(products[0] / np.sqrt(products[1] * products[2]))
+def _cosine_of_directions(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    """Of two lists of matrices, orthogonalised, each list as one long vector."""
+    products = np.zeros(3)
+    for pair in zip(some, others, strict=True):
+        a, b = (np.asarray(_direction(matrix), np.float64) for matrix in pair)
+        products += np.vdot(a, b), np.vdot(a, a), np.vdot(b, b)
+    return float(products[0] / math.sqrt(products[1] * products[2]))
 
 
 def _squared(values: np.ndarray) -> float:
     """The square of an array's norm."""
     return float(np.square(values, dtype=np.float64).sum())
-
-
-def _root(value: float) -> float:
-    return float(np.sqrt(value))

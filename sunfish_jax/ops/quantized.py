@@ -71,8 +71,8 @@ def _largest(x: jax.Array, axis: int) -> jax.Array:
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int16) & jnp.int16(0x7FFF)
     rows, columns = x.shape
-    # Parts of a row, or of a column, with each other first: a loop that is vectorised over what it does not sum
-    # over, and that reads x itself. XLA divides a column of its own accord, but stores all the bits for that.
+    # Parts of a row, or of a column, with each other first: a loop over x itself, vectorised over what is not
+    # compared. XLA divides a whole column of its own accord, but stores the bits of all of x for that.
     if axis == 1:
         bits = bits.reshape(rows, math.gcd(columns, _PARTS), -1)
     else:
