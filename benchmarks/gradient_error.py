@@ -13,6 +13,7 @@ from absl import app, flags
 from command_line import fail, parser
 
 from sunfish_jax.errors import UserError
+from sunfish_jax.generation.options import check_checkpoint
 from sunfish_jax.startup import prepare_process
 
 _WORKDIR = flags.DEFINE_string("workdir", "workdir", "The run's folder")
@@ -24,8 +25,7 @@ _FORMATS = flags.DEFINE_multi_enum("format", ["bfloat16", "int8"], ["bfloat16", 
 def check() -> None:
     if _BATCHES.value % 2:
         raise UserError(f"--batches={_BATCHES.value} has no halves to compare: give an even number")
-    if not _CHECKPOINT.value.isdigit() and _CHECKPOINT.value not in ("latest", "best"):
-        raise UserError(f"--checkpoint={_CHECKPOINT.value} is neither latest nor best nor a step")
+    check_checkpoint(_CHECKPOINT.value)
 
 
 def main(argv: list[str]) -> None:

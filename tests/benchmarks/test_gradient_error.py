@@ -72,7 +72,7 @@ def test_int8_is_further_off_than_bfloat16_and_both_are_near(tmp_path, animals):
     ("flag", "message"),
     [
         ("--batches=3", "error: --batches=3 has no halves to compare: give an even number"),
-        ("--checkpoint=newest", "error: --checkpoint=newest is neither latest nor best nor a step"),
+        ("--checkpoint=newest", "error: --checkpoint=newest: give latest, best or the number of a step"),
         ("--workdir=nowhere", "error: --workdir=nowhere"),
     ],
 )
