@@ -36,8 +36,12 @@ _DENSE_LAYERS = {
 }
 
 
+@nn.jit
 class BertLayer(nn.Module):
-    """Self-attention and feed-forward, each followed by a residual connection and a layer norm."""
+    """Self-attention and feed-forward, each followed by a residual connection and a layer norm.
+
+    Jitted, so that it is traced once for all layers.
+    """
 
     num_heads: int
     hidden_dim: int
