@@ -17,8 +17,8 @@ def prepare_process(num_cpu_devices: int = 1) -> None:
         num_cpu_devices: host devices that a CPU is presented as.
     """
     restart_with_huge_pages()
-    # Imports and tracing make a million objects that stay. To look through all of them for cycles each time they
-    # have grown by a quarter was a tenth of the processor time of a start.
+    # Imports and tracing make objects that stay. To look through all of them for cycles each time they had grown
+    # by a quarter was a tenth of the processor time of a start.
     gc.set_threshold(10_000, 10, 100)
     # Nothing here needs PyTorch, so its absence is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

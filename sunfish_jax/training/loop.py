@@ -75,7 +75,6 @@ def train(config: ConfigDict, workdir: Path) -> None:
     batches = batch_iterator(source, first_step or 0, config.train.num_steps)
     with (
         _writing_to(workdir),
-        awake_cores(),
         Checkpoints(workdir, config.checkpoint) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
@@ -238,25 +237,29 @@ class Loop:
         """
         config, progress, stop = self.config, self.progress, self.stop
         first_step = progress.step
-        while progress.step < progress.num_steps and not stop:
-            began = time.monotonic()
-            batch = next(batches)
-            compiling = train_step.compile(state, batch)
-            state, metrics = train_step(state, batch)
-            self._give_back_memory()
-            progress.add_compiling(compiling)
-            progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
-            self._check_finite(metrics)
-            self._report(metrics)
-            # A checkpoint is kept for its held-out loss, so that comes first; samples can wait.
-            held_out = None
-            if self._is_due(config.eval.every_steps) and not stop:
-                held_out = self._once_free("evaluate", lambda state=state: self._evaluate(state))
-            # Of each evaluation, or the best state might be none that is kept.
-            if self._is_due(config.checkpoint.every_steps) or held_out is not None:
-                self._save(state, held_out)
-            if self._is_due(config.logging.sample_every_steps) and not stop:
-                self._once_free("sample", lambda state=state: self._show_samples(state))
+        with contextlib.ExitStack() as stack:
+            while progress.step < progress.num_steps and not stop:
+                began = time.monotonic()
+                batch = next(batches)
+                compiling = train_step.compile(state, batch)
+                if progress.step == first_step:
+                    # Not before: what traces a program and reads it from the cache is slower beside spinning cores.
+                    stack.enter_context(awake_cores())
+                state, metrics = train_step(state, batch)
+                self._give_back_memory()
+                progress.add_compiling(compiling)
+                progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
+                self._check_finite(metrics)
+                self._report(metrics)
+                # A checkpoint is kept for its held-out loss, so that comes first; samples can wait.
+                held_out = None
+                if self._is_due(config.eval.every_steps) and not stop:
+                    held_out = self._once_free("evaluate", lambda state=state: self._evaluate(state))
+                # Of each evaluation, or the best state might be none that is kept.
+                if self._is_due(config.checkpoint.every_steps) or held_out is not None:
+                    self._save(state, held_out)
+                if self._is_due(config.logging.sample_every_steps) and not stop:
+                    self._once_free("sample", lambda state=state: self._show_samples(state))
         if progress.step > first_step:
             self._save(state, None)
         if progress.step < progress.num_steps:
