@@ -88,9 +88,10 @@ def print_errors(workdir: Path) -> None:
 
 def _one_kind(source, first: int):
     """(step, batch) from a step on, of those steps whose batches are like the first: others need other programs."""
-    longest = source[first].longest
+    longest = None
     for step in itertools.count(first):
         batch = source[step]
+        longest = longest or batch.longest
         if batch.longest == longest:
             yield step, batch
 

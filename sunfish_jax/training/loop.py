@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -168,8 +167,6 @@ def _record_changes(config: ConfigDict, workdir: Path, step: int):
 def _drop_unowned_programs():
     """Gives back what JAX holds: of tracing, a fifth of what a program takes, and programs nobody else has."""
     jax.clear_caches()
-    # Some of it is in cycles, which Python by itself looks for rarely (startup.py).
-    gc.collect()
     give_back_freed_memory()
 
 

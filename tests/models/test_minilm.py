@@ -46,6 +46,17 @@ def test_states_agree_with_pytorch_to_1e_4(reference):
     np.testing.assert_allclose(ours, reference["states"], rtol=0, atol=1e-4)
 
 
+def test_the_layer_is_traced_once_for_all_six(monkeypatch):
+    traced = []
+    attention = minilm.attention
+    monkeypatch.setattr(minilm, "attention", lambda *arrays: traced.append(1) or attention(*arrays))
+    module = minilm.make_minilm(minilm.minilm_folder())
+    # As many positions as no other test has, whose traces would be found again.
+    rows = PackedRows.in_packs(jnp.array([[5, 6]]), 11, 8)
+    jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(11, jnp.int32), rows))
+    assert module.num_layers == 6 and len(traced) == 1
+
+
 def test_frozen_states_are_the_references_rounded_to_float16(reference, encoder):
     states = encoder.encode(reference["tokens"], reference["mask"])
     assert states.dtype == np.float16
