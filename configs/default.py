@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     data.text_key = "text"
     data.prompt_key = "prompt"
     # Rows are packed with others of about their length, so that little is padding: into this many kinds of batch at
-    # most. The step is compiled for each, which takes seconds and, for `micro`, 85 MB; with fewer kinds attention
-    # does more that is not needed, since each row gets the room of the longest of its kind.
+    # most. The step is compiled for each, for `micro` in half a minute once and then into some 85 MB; with fewer kinds
+    # attention does more that is not needed, since each row gets the room of the longest of its kind.
     data.num_buckets = 4
 
     config.tokenizer = tokenizer = ConfigDict()
@@ -112,8 +112,8 @@ def get_config() -> ConfigDict:
     # logits = uncond + scale (cond - uncond); 1 is no guidance, 0 ignores the prompt. More follows the prompt's
     # words more closely, and repeats them.
     sampling.guidance_scale = 1.0
-    # The part of the noise range, as quantiles u of the schedule, in which guidance above 1 acts: below 0.3 it
-    # cost time and changed no figure of quality (docs/experiments.md).
+    # The part of the noise range, as quantiles u of the schedule, in which guidance above 1 acts: below 0.3 a scale
+    # of 1.5 cost time and changed no figure of quality (docs/experiments.md).
     sampling.guidance_interval = (0.3, 0.9)
     # Divides the logits. At 0.6 texts are a little less varied than real ones (docs/experiments.md).
     sampling.temperature = 0.6
