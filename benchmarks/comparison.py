@@ -65,21 +65,24 @@ class JaxSteps:
         self.state = state
         self._surroundings = surroundings
         self._compile = compile_step
-        self._compiled: dict[tuple[int, ...], Callable] = {}
+        # Of one kind of batch, by the number of passes.
+        self._kind: tuple[Any, ...] = ()
+        self._compiled: dict[int, Callable] = {}
 
     def seconds(self, batch: AnyBatch) -> float:
-        shape = batch.tokens.shape
-        if shape not in self._compiled:
-            # Shapes of one length may differ in their number of passes.
-            if any(other[1:] != shape[1:] for other in self._compiled):
-                self._compiled = {}
-                # JAX keeps a program of its own accord too.
-                jax.clear_caches()
-            self._compiled[shape] = self._compile(self.state, batch)
+        passes, *shape = batch.tokens.shape
+        # Packs of two kinds may be of one size, and differ in how long their rows are.
+        kind = (*shape, getattr(batch, "longest", None))
+        if kind != self._kind:
+            self._kind, self._compiled = kind, {}
+            # JAX keeps a program of its own accord too.
+            jax.clear_caches()
+        if passes not in self._compiled:
+            self._compiled[passes] = self._compile(self.state, batch)
             self.seconds(batch)
         with self._surroundings():
             start = time.perf_counter()
-            self.state, figures = jax.block_until_ready(self._compiled[shape](self.state, batch))
+            self.state, figures = jax.block_until_ready(self._compiled[passes](self.state, batch))
             seconds = time.perf_counter() - start
         if not all(np.isfinite(figure).all() for figure in jax.tree.leaves(figures)):
             raise AssertionError("the loss is not finite: what these steps do is no training")
@@ -308,8 +311,9 @@ def prepare_torch(
 def measure(measured: Measured, repeats: int, rate: MatrixRate) -> None:
     """Times everything in turn, the machine's products in between.
 
-    Ours and theirs have shapes of their own: the first of ours and the first of theirs are timed in turn, then the
-    second ones, and so on.
+    Ours and theirs have shapes of their own: the shortest rows of each are timed in turn, then longer ones, and so
+    on. Who has fewer shapes is timed at each of them more often: a machine may be faster while one shape is timed
+    than at the next.
     """
     courses = [measured.ours, measured.ours_short, measured.plain]
     if measured.torch is not None:
@@ -317,15 +321,15 @@ def measure(measured: Measured, repeats: int, rate: MatrixRate) -> None:
     # Some may be the same one.
     courses = list({id(course): course for course in courses}.values())
     print("timing rows of", end="", flush=True)
-    for index in range(max(len(course.mix) for course in courses)):
-        at_hand = [course for course in courses if index < len(course.mix)]
-        lengths = sorted({course.mix[index].length for course in at_hand})
+    rounds = max(len(course.mix) for course in courses)
+    for number in range(rounds):
+        at_hand = [(course, number * len(course.mix) // rounds) for course in courses]
+        lengths = sorted({course.mix[index].length for course, index in at_hand})
         print(f" {'/'.join(map(str, lengths))}", end="", flush=True)
         for _ in range(repeats):
-            for course in at_hand:
+            for course, index in at_hand:
                 course.repeat(index)
-            # Beside each of ours: a machine may be faster while one shape is timed than at the next.
-            if measured.torch is not None and index < len(measured.ours.mix):
+            if measured.torch is not None:
                 measured.torch.first.seconds()
                 measured.torch.first_times.append(measured.torch.first.seconds())
         rate.measure()

@@ -55,8 +55,9 @@ def useful_flops(model: TextDenoiser, batch: PackedBatch, diffusion: ConfigDict)
     Counted are real tokens: no padding, neither as tokens nor as keys, and no product that is made a second time
     for the backward pass. A trained product counts three times (its value, and the gradients of both operands),
     where an operand is no function of parameters twice. The packs with a self-conditioning pass count it once,
-    forward. Each pass needs the single-token posterior: logits from z and the mean embedding under them, where
-    the token is not given; where it is given, nothing is predicted either.
+    forward. Each pass needs the single-token posterior where the token is not given (where it is, nothing is
+    predicted either): the mean embedding under logits from z. Those logits are a part of the last ones too, and
+    count once, though they are made twice, which is faster than to keep them.
 
     Args:
       model: the denoiser.
@@ -85,15 +86,15 @@ def useful_flops(model: TextDenoiser, batch: PackedBatch, diffusion: ConfigDict)
     # Of the three inputs only z is a function of parameters, the embeddings.
     total -= trained["input"] * 2 / 3
     total += 2 * forward_flops(model, tokens, given)["adapter"]
-    # The vocabulary: three times for the loss, and once each for the posterior's logits and mean.
+    # The vocabulary: three times for the loss, and once for the posterior's mean.
     loss = forward_flops(model, predicted, np.zeros_like(predicted))
-    total += 3 * loss["head"] + 5 * loss["vocabulary"]
+    total += 3 * loss["head"] + 4 * loss["vocabulary"]
 
     estimate: Mapping[str, float] = forward_flops(model, tokens[first], prompt[first])
     total += sum(estimate[name] for name in ("input", "layers", "attention", "head", "noise"))
-    # Its own logits and mean at every token, and the posterior's again.
+    # Its own logits and mean at every token, and the posterior's mean again.
     posterior = forward_flops(model, predicted[first], np.zeros_like(predicted[first]))
-    total += 2 * estimate["vocabulary"] + 2 * posterior["vocabulary"]
+    total += 2 * estimate["vocabulary"] + posterior["vocabulary"]
     return float(total)
 
 

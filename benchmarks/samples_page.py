@@ -24,9 +24,13 @@ def main(paths: list[str]) -> None:
         fail(UserError(f"{error.filename} cannot be read: {error.strerror}"))
     if not texts:
         fail(UserError("no file is named: give the JSONL files, in the order in which they are to stand"))
-    for text in texts:
-        lines = text.split("\n")
-        samples = [json.loads(line) for line in lines if line]
+    try:
+        pages = [[json.loads(line) for line in text.split("\n") if line] for text in texts]
+    except json.JSONDecodeError as error:
+        fail(UserError(f"no line of JSON: {error.doc[:40]!r}. Give files of --mode=sample --output=FILE.jsonl"))
+    for path, samples in zip(paths, pages, strict=True):
+        if not samples:
+            fail(UserError(f"{path} is empty: give files of --mode=sample --output=FILE.jsonl"))
         first = samples[0]
         print(
             f"## {Path(first['workdir']).name}, step {first['checkpoint_step']}\n\n"

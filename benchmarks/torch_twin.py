@@ -324,7 +324,8 @@ class Trainer:
         groups[1]["weight_decay"] = groups[2]["weight_decay"] = 0.0
         betas, decay = (training.beta1, training.beta2), training.weight_decay
         self._optimizer = torch.optim.AdamW(groups, training.learning_rate, betas, weight_decay=decay, fused=True)
-        self._compiled = torch.compile(model.cross_entropy), torch.compile(model.estimate)
+        # For each shape by itself: with sizes left open it would be other code from the second shape on.
+        self._compiled = tuple(torch.compile(f, dynamic=False) for f in (model.cross_entropy, model.estimate))
 
     def step(self, batch: Batch, variant: Variant) -> float:
         """One optimiser step; returns the mean loss over the positions to predict."""
@@ -395,7 +396,7 @@ class Sampler:
             if isinstance(module, nn.Linear):
                 module.to(variant.torch_dtype)
         self._model.head_table.data = self._model.head_table.to(variant.torch_dtype)
-        self._logits = torch.compile(self._model.logits) if variant.compiled else self._model.logits
+        self._logits = torch.compile(self._model.logits, dynamic=False) if variant.compiled else self._model.logits
 
     @torch.inference_mode()
     def sample(self, z: Tensor, inputs: Tensor, mask: Tensor, steps: Steps, guidance_scale: float) -> Tensor:

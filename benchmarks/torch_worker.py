@@ -30,6 +30,8 @@ class Worker:
             advice = "name one that has with --torch_python=PATH"
             raise RuntimeError(f"{sys.executable} has no PyTorch ({error}); {advice}") from None
         torch.set_num_threads(threads)
+        # What is compiled is compiled for each shape of batch; beyond this many PyTorch would go on in eager.
+        torch._dynamo.config.recompile_limit = 64
         self._batches, self._cases, self._samplers, self._warm = {}, {}, {}, set()
         return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
@@ -74,8 +76,9 @@ class Worker:
     def choose_training(self, arrays: Arrays, batch: str, dtypes: list[str], repeats: int, compiled: bool) -> dict:
         """Finds the fastest way to take the twin's step on a batch.
 
-        Number format and attention first, then how many passes at once, then, if `compiled`, eager or compiled. Of
-        the latter two the faster is taken for each shape of batch, when a step is first asked for.
+        Number format and attention first, then how many passes at once, then, if `compiled`, the best of these
+        compiled, with either attention and in one pass at a time. Of the best in eager and the best compiled the
+        faster is taken for each shape of batch, when a step is first asked for.
         """
         from torch_twin import Variant
 
@@ -86,8 +89,13 @@ class Worker:
         more = [number for number in (2, 4, 8, 16) if passes % number == 0]
         choice.among(dataclasses.replace(choice.best, passes_at_once=number) for number in more)
         eager = choice.best
-        choice.among([dataclasses.replace(eager, compiled=True)] * compiled)
-        self._finalists = [eager] + [variant for variant in choice.tried if variant.compiled]
+        ways = {
+            dataclasses.replace(eager, compiled=True),
+            dataclasses.replace(eager, compiled=True, fused_attention=not eager.fused_attention),
+            dataclasses.replace(eager, compiled=True, passes_at_once=1),
+        }
+        choice.among(sorted(ways, key=lambda variant: variant.name) * compiled)
+        self._finalists = [eager, *choice.fastest([variant for variant in choice.tried if variant.compiled])]
         self._taken = {}
         return choice.account()
 
@@ -130,7 +138,10 @@ class Worker:
             for fused in (True, False)
             for together in (True, False)
         )
-        choice.among([dataclasses.replace(choice.best, compiled=True)] * compiled)
+        eager = choice.best
+        choice.among(
+            [dataclasses.replace(eager, compiled=True, fused_attention=fused) for fused in (True, False)] * compiled
+        )
         self._samplers[case] = samplers[choice.best]
         return choice.account()
 
@@ -205,6 +216,10 @@ class Choice:
             self._seconds[variant.name] = statistics.median(times[variant])
             if self.best is None or self._seconds[variant.name] < self._seconds[self.best.name]:
                 self.best = variant
+
+    def fastest(self, variants: Iterable[Any]) -> list[Any]:
+        """The fastest of some that were timed; none of none."""
+        return sorted(variants, key=lambda variant: self._seconds[variant.name])[:1]
 
     def _works(self, variant: Any) -> bool:
         try:

@@ -9,8 +9,8 @@ as it shipped. Each side works while the others wait, in turn, and the medians c
 its own batches of the same corpus: ours are packed rows, as in training, theirs are padded to one of --row_lengths.
 
 The last line is one JSON object. `tokens_per_s` counts real tokens, over the shapes in the mix of an epoch;
-`matmul_share` is the needed arithmetic (flops.py) over what the best product, of operands in the step's number
-format, would do in that time.
+`matmul_share` is the needed arithmetic (flops.py) over what the best product would do in that time, of operands in
+bfloat16 where layers multiply in eight bits, and else in the step's number format.
 `ratio_plain_flax` is our real tokens per second over those of plain_flax.py, with the configuration's optimiser on
 both sides (optax's own Muon on theirs). `ratio_torch_twin` is that over the twin's (torch_twin.py), with AdamW on
 both sides, and `ratio_torch_twin_as_configured` with the configuration's optimiser on ours. `ratio_first_sunfish`

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     data.text_key = "text"
     data.prompt_key = "prompt"
     # Rows are packed with others of about their length, so that little is padding: into this many kinds of batch at
-    # most. The step is compiled for each, for `micro` in half a minute once and then into some 85 MB; with fewer kinds
+    # most. The step is compiled for each, for `micro` in half a minute and into some 85 MB; with fewer kinds
     # attention does more that is not needed, since each row gets the room of the longest of its kind.
     data.num_buckets = 4
 

@@ -24,7 +24,7 @@ def prepare_process(num_cpu_devices: int = 1) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
-    # Compiled steps are kept from run to run: a later start is 5-20 s shorter.
+    # Compiled steps are kept from run to run: a later start is shorter by half a minute a program.
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # What is compiled is divided among the cores there are, and JAX's keys do not tell their number.

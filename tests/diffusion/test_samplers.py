@@ -76,7 +76,7 @@ def run(scheduler, num_steps, key, rows=ROWS, watch=None, **arguments):
     def denoise(z, gamma, x_hat, kept):
         if watch is not None:
             # The arrays are copied: the callback may be handed a view of memory that is used again.
-            jax.debug.callback(lambda *a: watch.append([np.array(x) for x in a]), z, gamma, x_hat)
+            jax.debug.callback(lambda *a: watch.append([np.array(x) for x in a]), z, gamma, x_hat, ordered=True)
         return toy_logits(z, gamma, x_hat, jnp), kept
 
     table = jnp.asarray(TABLE, jnp.float32)

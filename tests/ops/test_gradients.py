@@ -15,14 +15,22 @@ from sunfish_jax.ops.rotary import rotary_heads
 from sunfish_jax.ops.rows import EqualRows, PackedRows
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
-dtypes = st.sampled_from(sorted(TOLERANCE))
-sizes = st.integers(1, 40)
+in_both_dtypes = pytest.mark.parametrize("dtype", sorted(TOLERANCE))
 # No search for a smaller example of a failure: each is compiled, and they would be many.
-few_examples = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+few_examples = settings(max_examples=2, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
-# Rows in two packs, some of them missing.
-packs = st.lists(st.integers(0, 9), min_size=2, max_size=6).filter(lambda lengths: len(lengths) % 2 == 0)
+def up_to(most, least=1):
+    """Hypothesis begins with what it takes for the simplest, here the largest: sizes of 1 would hide errors."""
+    return st.integers(0, most - least).map(lambda less: most - less)
+
+
+# Rows in two packs, some of them missing: the first time 7 and none, 9 and 1.
+packs = (
+    st.lists(st.integers(0, 9), min_size=4, max_size=6)
+    .filter(lambda drawn: len(drawn) % 2 == 0)
+    .map(lambda drawn: [(number + first) % 10 for number, first in zip(drawn, (7, 0, 9, 1, 4, 0), strict=False)])
+)
 
 
 def packed_rows(lengths):
@@ -80,8 +88,9 @@ def assert_close(got, want, tolerance):
     assert np.abs(got - want).max() <= tolerance * max(1.0, np.abs(want).max())
 
 
+@in_both_dtypes
 @few_examples
-@given(n=sizes, k=sizes, m=sizes, dtype=dtypes, seed=st.integers(0, 99))
+@given(n=up_to(37), k=up_to(31), m=up_to(29), seed=st.integers(0, 99))
 def test_dense(n, k, m, dtype, seed):
     rng = np.random.default_rng(seed)
     arguments = normal(rng, n, k), normal(rng, k, m) / np.sqrt(k)
@@ -95,23 +104,24 @@ def test_dense_gradient_keeps_the_inputs_dtype():
     assert d_kernel.dtype == jnp.bfloat16
 
 
+@in_both_dtypes
 @few_examples
-@given(n=sizes, k=sizes, m=sizes, dtype=dtypes, seed=st.integers(0, 99))
+@given(n=up_to(37), k=up_to(31), m=up_to(29), seed=st.integers(0, 99))
 def test_squared_relu_mlp(n, k, m, dtype, seed):
     rng = np.random.default_rng(seed)
     arguments = normal(rng, n, k), normal(rng, k, m) / np.sqrt(k), normal(rng, k, m) / np.sqrt(m)
     assert_same_function(squared_relu_mlp, lambda x, a, b: jnp.square(jax.nn.relu(x @ a)) @ b.T, arguments, dtype)
 
 
+@in_both_dtypes
 @few_examples
 @given(
-    batch=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    queries=sizes,
-    keys=sizes,
-    dim=st.integers(1, 16),
-    masked=st.booleans(),
-    dtype=dtypes,
+    batch=up_to(3),
+    heads=up_to(2),
+    queries=up_to(37),
+    keys=up_to(31),
+    dim=up_to(15),
+    masked=st.sampled_from([True, False]),
     seed=st.integers(0, 99),
 )
 def test_attention(batch, heads, queries, keys, dim, masked, dtype, seed):
@@ -142,9 +152,10 @@ def plain_rotary_heads(qkv, batch, heads):
     return jnp.stack([*(jnp.concatenate([pair.real, pair.imag], axis=-1) for pair in pairs), v])
 
 
+@in_both_dtypes
 @few_examples
 @given(
-    batch=st.integers(1, 3), heads=st.integers(1, 3), length=sizes, half=st.integers(1, 9), dtype=dtypes,
+    batch=up_to(3), heads=up_to(2), length=up_to(37), half=up_to(9),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_rotary_heads(batch, heads, length, half, dtype, seed):
@@ -158,8 +169,9 @@ def test_rotary_heads(batch, heads, length, half, dtype, seed):
     )
 
 
+@in_both_dtypes
 @few_examples
-@given(lengths=packs, heads=st.integers(1, 3), half=st.integers(1, 9), dtype=dtypes, seed=st.integers(0, 99))
+@given(lengths=packs, heads=up_to(2), half=up_to(9), seed=st.integers(0, 99))
 def test_attention_among_packed_rows(lengths, heads, half, dtype, seed):
     """From one product to the next, against each row by itself."""
     rows, spans = packed_rows(lengths)
@@ -190,8 +202,9 @@ def test_attention_does_not_read_masked_keys():
     np.testing.assert_array_equal(changed, attention(q, k, v, mask))
 
 
+@in_both_dtypes
 @few_examples
-@given(n=sizes, dim=sizes, vocab=st.integers(2, 60), dtype=dtypes, seed=st.integers(0, 99))
+@given(n=up_to(37), dim=up_to(31), vocab=up_to(59, least=2), seed=st.integers(0, 99))
 def test_cross_entropy(n, dim, vocab, dtype, seed):
     rng = np.random.default_rng(seed)
     targets = jnp.asarray(rng.integers(0, vocab, n), jnp.int32)
@@ -211,8 +224,9 @@ def test_cross_entropy_is_finite_at_large_logits():
     np.testing.assert_allclose(losses, [0.0, 0.0, 0.0, 1000.0], atol=1e-4)
 
 
+@in_both_dtypes
 @few_examples
-@given(n=sizes, dim=sizes, vocab=st.integers(2, 60), dtype=dtypes, seed=st.integers(0, 99))
+@given(n=up_to(37), dim=up_to(31), vocab=up_to(59, least=2), seed=st.integers(0, 99))
 def test_expected_embedding(n, dim, vocab, dtype, seed):
     rng = np.random.default_rng(seed)
     features, table, bias = normal(rng, n, dim), normal(rng, vocab, dim), normal(rng, vocab)
@@ -242,7 +256,7 @@ def test_depthwise_convolution(lengths, width):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("width", [1, 5])
 @few_examples
-@given(lengths=packs, channels=st.integers(1, 5), seed=st.integers(0, 99))
+@given(lengths=packs, channels=up_to(5), seed=st.integers(0, 99))
 def test_gradients_of_the_convolution(lengths, channels, width, causal, seed):
     rows, spans = packed_rows(lengths)
     rng, size = np.random.default_rng(seed), rows.num_positions

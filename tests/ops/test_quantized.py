@@ -1,5 +1,7 @@
 """Products in eight bits against float64 arithmetic on the same integers, and on what is rounded to them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,13 @@ from hypothesis import strategies as st
 from sunfish_jax.ops.dense import dense, squared_relu_mlp
 from sunfish_jax.ops.quantized import quantize, quantize_kernel, quantized_product
 
-sizes = st.integers(1, 40)
-few_examples = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+# Hypothesis begins with what it takes for the simplest, here the largest: of 1 by 1 nothing could be wrong.
+def up_to(most):
+    return st.integers(0, most - 1).map(lambda less: most - less)
+
+
+few_examples = settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 def bfloat16(rng, *shape):
@@ -46,7 +53,7 @@ def relative_error(got, want):
 
 
 @few_examples
-@given(n=sizes, k=sizes, axis=st.integers(0, 1), seed=st.integers(0, 99))
+@given(n=up_to(37), k=up_to(31), axis=st.integers(0, 1), seed=st.integers(0, 99))
 def test_values_are_the_nearest_multiples(n, k, axis, seed):
     x = bfloat16(np.random.default_rng(seed), n, k)
     quantized = jax.jit(quantize, static_argnums=1)(x, axis)
@@ -67,7 +74,7 @@ def test_zeros_stay_zeros():
 
 
 @few_examples
-@given(n=sizes, k=sizes, m=sizes, seed=st.integers(0, 99))
+@given(n=up_to(37), k=up_to(31), m=up_to(29), seed=st.integers(0, 99))
 def test_products_are_exact_but_for_the_rounding(n, k, m, seed):
     rng = np.random.default_rng(seed)
     x, g, kernel = bfloat16(rng, n, k), bfloat16(rng, n, m), bfloat16(rng, k, m)
@@ -96,7 +103,7 @@ def gradients(function, arguments, cotangent):
 
 
 @few_examples
-@given(n=sizes, k=sizes, m=sizes, seed=st.integers(0, 99))
+@given(n=up_to(37), k=up_to(31), m=up_to(29), seed=st.integers(0, 99))
 def test_dense(n, k, m, seed):
     rng = np.random.default_rng(seed)
     x, kernel = bfloat16(rng, n, k), bfloat16(rng, k, m)
@@ -122,7 +129,7 @@ def test_dense(n, k, m, seed):
 
 
 @few_examples
-@given(n=sizes, k=sizes, m=sizes, seed=st.integers(0, 99))
+@given(n=up_to(37), k=up_to(31), m=up_to(29), seed=st.integers(0, 99))
 def test_squared_relu_mlp(n, k, m, seed):
     rng = np.random.default_rng(seed)
     x, kernel_in, kernel_out = bfloat16(rng, n, k), bfloat16(rng, k, m), bfloat16(rng, k, m)
@@ -169,9 +176,8 @@ def test_no_gradient_goes_through_the_steps():
 
 
 @pytest.mark.usefixtures("compiled_as_shipped")
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_not_finite_stays_so(bad, dtype):
+def test_what_is_not_finite_stays_so(dtype):
     # First, last and in between of what a maximum is taken of in parts.
     x, kernel = (jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype) for shape in ((96, 64), (64, 128)))
     g = jnp.ones((96, 128))
@@ -181,7 +187,7 @@ def test_what_is_not_finite_stays_so(bad, dtype):
         narrow = kernel.astype(jnp.bfloat16)
         return gradients(lambda x, w: dense(x, w, quantize_kernel(w)), (x, narrow), g)
 
-    for place in (0, 31, 63):
+    for bad, place in itertools.product((np.nan, np.inf, -np.inf), (0, 31, 63)):
         y, (_, d_kernel) = everything(x.at[5, place].set(bad), kernel, g)
         assert not np.isfinite(exact(y[5])).any()
         assert np.isfinite(exact(y[:5])).all()

@@ -10,7 +10,7 @@ from jaxprs import equations
 
 from configs import micro
 from sunfish_jax.data.batches import PackedBatch
-from sunfish_jax.models.denoiser import make_model
+from sunfish_jax.models.denoiser import compute_params, init_params, make_model
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.compiled_text import (
     count_matrix_products,
@@ -45,12 +45,17 @@ def abstract_batch(config, size=512, rows=4, longest=144, prompt_length=16):
     )
 
 
-def step_and_arguments(dtype="bfloat16"):
-    # micro's shapes with two of its layers: every kind of product, at a fraction of the compile time.
+def two_layers(dtype):
+    """micro's shapes with two of its layers: every kind of product, at a fraction of the compile time."""
     config = micro.get_config()
     config.model.num_layers = 2
     config.model.compute_dtype = dtype
     config.train.accumulate_steps = 2
+    return config
+
+
+def step_and_arguments(dtype):
+    config = two_layers(dtype)
     model = make_model(config, config.tokenizer.vocab_size, ENCODER)
     state = jax.eval_shape(lambda: create_state(config, model))
     return make_train_step(config, model, make_mesh(1)), state, abstract_batch(config)
@@ -120,8 +125,19 @@ def test_a_single_plain_dense_layer_is_noticed(monkeypatch):
         return jnp.dot(x.astype(kernel.dtype), kernel).astype(jnp.float32)
 
     monkeypatch.setattr("sunfish_jax.models.denoiser.dense", plain_for_the_prompt)
-    step, state, batch = step_and_arguments()
-    text = step.gradients.lower(state, batch).compile().as_text()
+    config = two_layers("bfloat16")
+    model = make_model(config, config.tokenizer.vocab_size, ENCODER)
+
+    @jax.grad
+    def gradient(params, prompt):
+        keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
+        return sum(leaf.astype(jnp.float32).sum() for leaf in jax.tree.leaves(keys_values))
+
+    params = jax.eval_shape(lambda: compute_params(init_params(model, jax.random.key(0)), model.dtype))
+    prompt = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), abstract_batch(config).prompt
+    )
+    text = jax.jit(gradient).lower(params, prompt).compile().as_text()
     assert len(slow_matrix_products(text)) == 1
 
 
