@@ -74,6 +74,7 @@ def train(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made a folder: {error.strerror}; name another") from None
+    check_writable(workdir)
     prepare_process(config.train.num_devices)
     from sunfish_jax.training import loop
 
@@ -109,6 +110,7 @@ def evaluate(workdir: Path) -> None:
     if num_samples < 0:
         raise UserError(f"--num_samples={num_samples}: give 0 (no samples) or more")
     load_config(workdir)
+    check_writable(workdir)
     prepare_process()
     from sunfish_jax.evaluation import run
 
@@ -116,6 +118,12 @@ def evaluate(workdir: Path) -> None:
 
 
 MODES = {"train": train, "sample": sample, "infill": infill, "eval": evaluate}
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises a UserError if nothing may be written into the folder."""
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} may not be written to: name another, or ask its owner")
 
 
 def generation_flags() -> dict:
@@ -212,15 +220,21 @@ def fail(error: Exception) -> None:
 def main(argv: list[str]) -> None:
     del argv
     end_on_interrupt()
+    # Samples hold any character, and not every terminal can show it.
+    sys.stdout.reconfigure(errors="replace")
     try:
         MODES[FLAGS.mode](as_path(FLAGS.workdir))
     except UserError as error:
         fail(error)
+    except BrokenPipeError:
+        # `main.py ... | head`: whoever read is content. What is still to be printed at the end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         problem = disk_problem(error)
         if problem is None:
             raise
-        fail(UserError(f"a file could not be written ({problem}): free some space and run the command again"))
+        fail(UserError(f"a file could not be written ({problem}): make room for it and run the command again"))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def get_config() -> ConfigDict:
     optimizer.learning_rate = 5e-4
     # The learning rate of the tables of tokens (embeddings, head), as a multiple of `learning_rate`.
     optimizer.table_multiplier = 3.0
-    # Steps in which the learning rate rises; then it falls to zero at `train.num_steps`, along half a cosine.
+    # Steps in which the learning rate rises, at most half of the run; then it falls to zero at `train.num_steps`,
+    # along half a cosine.
     optimizer.warmup_steps = 1000
     # Of kernels alone.
     optimizer.weight_decay = 0.01
@@ -133,7 +134,8 @@ def get_config() -> ConfigDict:
     config.logging = logging = ConfigDict()
     # The run's name in the terminal and on Weights & Biases.
     logging.name = "sunfish"
-    # Steps between two lines of figures, and between two times that samples are shown.
+    # Steps between two lines of figures, which come every half minute anyway, and between two times that samples
+    # are shown.
     logging.every_steps = 20
     logging.sample_every_steps = 1000
     logging.sample_prompts = (

@@ -34,22 +34,24 @@ def prepare_process(num_cpu_devices: int = 1) -> None:
 
 
 def end_on_interrupt() -> None:
-    """Makes Ctrl-C end the process at once with one line and code 130.
+    """Makes Ctrl-C and SIGTERM end the process at once with one line and code 130 or 143, nothing unfinished left.
 
     The main thread may be inside compiled code for minutes, where Python runs no signal handler, or inside an
     import, which would turn an exception into another. So a thread of its own reads the signals, from the pipe
     into which Python's C handler writes their numbers. Training replaces it while it has work to save.
     """
+    numbers = (signal.SIGINT, signal.SIGTERM)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
 
     def watch() -> None:
         while number := os.read(read_end, 1):
-            if number[0] == signal.SIGINT:
+            if number[0] in numbers:
                 remove_unfinished()
                 os.write(2, b"interrupted\n")
-                os._exit(130)
+                os._exit(128 + number[0])
 
     threading.Thread(target=watch, daemon=True).start()
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)

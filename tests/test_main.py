@@ -1,5 +1,6 @@
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -134,23 +135,51 @@ import hashlib, os, signal, sys, threading
 import main
 from sunfish_jax.unfinished import unfinished
 def interrupt_myself(workdir):
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.2, os.kill, (os.getpid(), int(sys.argv[2]))).start()
     with unfinished(workdir / "folder") as folder, unfinished(workdir / "file") as file:
         folder.mkdir()
         for path in (file, folder / "part"):
             path.write_text("half")
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
 main.MODES["eval"] = interrupt_myself
-sys.argv = ["main.py", "--mode=eval", "--workdir=" + sys.argv[1]]
-main.app.run(main.main, flags_parser=main.parse_flags)
+app_arguments = ["main.py", "--mode=eval", "--workdir=" + sys.argv[1]]
+main.app.run(main.main, argv=app_arguments, flags_parser=main.parse_flags)
 """
 
 
-def test_interrupting_is_one_line_and_code_130_and_leaves_nothing_unfinished(tmp_path):
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_is_one_line_and_leaves_nothing_unfinished(tmp_path, number):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+# As one who may not write there; root may write anywhere.
+NOT_WRITABLE = """
+import os, sys
+import main
+main.os.access = lambda path, mode: False
+main.app.run(main.main, argv=["main.py", *sys.argv[1:]], flags_parser=main.parse_flags)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[NANO], ["--mode=eval"]])
+def test_a_folder_that_may_not_be_written_to_is_one_line(run_without_checkpoint, arguments):
+    command = [sys.executable, "-c", NOT_WRITABLE, *arguments, f"--workdir={run_without_checkpoint / 'workdir'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert_one_line(done, ["--workdir=", "may not be written to"])
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    code = "import sys, main; sys.argv = ['main.py', '--mode=sample']; "
+    code += "main.MODES['sample'] = lambda workdir: [print('x' * 80, flush=True) for _ in range(10_000)]; "
+    code += "main.app.run(main.main, flags_parser=main.parse_flags)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(20)) == ("", 1)
 
 
 # A limit on the size of files is met where a full disk would be.
@@ -171,5 +200,5 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path):
     (tmp_path / "eval.json").write_text("{}")
     command = [sys.executable, "-c", DISK_FULL, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
-    assert_one_line(done, ["File too large", "free some space"])
+    assert_one_line(done, ["File too large", "make room"])
     assert (tmp_path / "eval.json").read_text() == "{}"

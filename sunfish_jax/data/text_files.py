@@ -12,7 +12,7 @@ _PERIOD = 32
 _HELD_OUT = {_PERIOD // 2 - 1: "validation", _PERIOD - 1: "test"}
 # Characters of a section: a small corpus still gets every split, and a large one is never read whole.
 _MIN_SECTION, _MAX_SECTION = 200, 50_000
-# A section goes on to the end of its line, if that comes within this many characters.
+# A section goes on to the end of its line, if that comes within this many characters and as many as it has.
 _LINE_LIMIT = 10_000
 
 
@@ -50,7 +50,7 @@ class TextFiles:
         try:
             with file.open(encoding="utf-8-sig") as text:
                 while section := text.read(self._section):
-                    yield section + text.readline(_LINE_LIMIT)
+                    yield section + text.readline(min(_LINE_LIMIT, self._section))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{file} is not UTF-8 text (byte {error.object[error.start]:#04x} in it): save it as UTF-8"

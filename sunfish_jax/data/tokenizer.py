@@ -56,7 +56,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     try:
         # Not `AutoTokenizer`, which also wants the model's config.json.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # The library behind it raises nothing more precise.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"tokenizer.path={path} holds no tokenizer that can be read: {reason[0]}") from error
     if tokenizer.eos_token_id is None and _GPT2_EOS in tokenizer.get_vocab():

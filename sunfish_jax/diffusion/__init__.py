@@ -1,1 +1,1 @@
-"""Pure functions of the diffusion: schedules, the forward process, loss, samplers, likelihood."""
+"""Pure functions: the noise process, its schedules, self-conditioning, guidance, samplers, likelihood."""

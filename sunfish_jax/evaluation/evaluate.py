@@ -25,6 +25,7 @@ from sunfish_jax.evaluation.sample_quality import (
     judge_samples,
     prompts_of,
     sample_length,
+    save_samples,
 )
 from sunfish_jax.evaluation.text_rows import REFERENCES, TextRows, likelihood_texts
 from sunfish_jax.generation.gaps import ANY, allowed_tokens
@@ -160,5 +161,7 @@ def sample_figures(
     )
     length = sample_length(subject.config.model.block_size)
     texts = subject.write(prompts_of(articles), length)
+    # They took minutes, and the judge may take more memory than there is: it reads all of the training text.
+    save_samples(texts, articles, samples_file)
     judge = QualityJudge(list(source.examples("train")), articles, beginnings(articles, subject.tokenizer, length))
-    return judge.extent, judge_samples(judge, texts, articles, samples_file)
+    return judge.extent, judge_samples(judge, texts)

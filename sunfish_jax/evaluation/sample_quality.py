@@ -153,24 +153,19 @@ def prompts_of(articles: Sequence[Example]) -> list[str | None]:
     return [article.prompts[0] if article.prompts else None for article in articles]
 
 
-def judge_samples(
-    judge: QualityJudge, texts: Sequence[str], articles: Sequence[Example], path: Path
-) -> dict[str, dict[str, float]]:
-    """Saves samples and prints how good they are.
+def save_samples(texts: Sequence[str], articles: Sequence[Example], path: Path) -> None:
+    """Writes a JSON object a sample, with its prompt; `texts` are of `prompts_of(articles)`."""
+    with jsonl_writer(path) as write:
+        for prompt, text in zip(prompts_of(articles), texts, strict=True):
+            write({"prompt": prompt, "text": text})
 
-    Args:
-        judge: Made for the articles.
-        texts: One sample for each of `prompts_of(articles)`.
-        articles: As `articles_to_write` gives them.
-        path: Gets a JSON object a sample, with its prompt.
+
+def judge_samples(judge: QualityJudge, texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Prints how good samples are, one for each of the articles that the judge was made for.
 
     Returns:
         The figures by set of texts and by name, as `QualityJudge.table`.
     """
-    prompts = prompts_of(articles)
-    with jsonl_writer(path) as write:
-        for prompt, text in zip(prompts, texts, strict=True):
-            write({"prompt": prompt, "text": text})
     table = judge.table(texts, lambda name: print(f"  measuring {name}", flush=True))
     among, with_topic = judge.extent["among"], judge.extent["with_topic"]
     print(f"{len(texts)} texts", end="")

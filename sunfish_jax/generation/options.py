@@ -87,6 +87,7 @@ class InfillOptions(GenerationOptions):
         super().__post_init__()
         if not self.text.strip():
             raise UserError("--text is empty: give a text with gaps, such as 'The [MASK] is a [MASK:6] of Africa.'")
+        _check_utf8("text", self.text)
         if "[MASK" not in self.text:
             raise UserError(
                 f"--text={shortened(self.text)!r} has no gap: write [MASK] or [MASK:n] where one is to be"
@@ -128,10 +129,14 @@ def check_prompt(prompt: str) -> None:
         )
     if not any(character.isalnum() for character in prompt):
         raise UserError(f"--prompt={shortened(prompt)!r} has no letter or digit: write it in words")
+    _check_utf8("prompt", prompt)
+
+
+def _check_utf8(flag: str, text: str) -> None:
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"--prompt={shortened(prompt)!r} is not UTF-8 text: set the terminal to UTF-8") from None
+        raise UserError(f"--{flag}={shortened(text)!r} is not UTF-8 text: set the terminal to UTF-8") from None
 
 
 def check_checkpoint(checkpoint: str) -> None:

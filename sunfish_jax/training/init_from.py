@@ -16,14 +16,14 @@ from sunfish_jax.workdir.run import TOKENIZER_FOLDER, Run, load_run
 # Keys of these groups decide what the weights mean ...
 _GROUPS = ("model", "prompt_encoder")
 # ... but for those that only say how much is computed, and where files are.
-_FREE_KEYS = (
+_FREE_KEYS = {
     "model.block_size",
     "model.dropout",
     "model.compute_dtype",
     "model.remat",
     "prompt_encoder.max_length",
     "prompt_encoder.path",
-)
+}
 
 
 def split_init_from(value: str) -> tuple[Path, str]:
@@ -48,10 +48,12 @@ def init_tokenizer(config: ConfigDict) -> Path:
             "or WORKDIR@STEP"
         )
     saved = load_config(workdir)
+    # One that is trained has learned its positions one by one.
+    trained = {"prompt_encoder.max_length"} if config.prompt_encoder.name == "transformer" else set()
     differing = [
         f"{key} is {old!r} there and {new!r} here"
         for key, (old, new) in changed_keys(saved, config).items()
-        if key.partition(".")[0] in _GROUPS and key not in _FREE_KEYS
+        if key.partition(".")[0] in _GROUPS and key not in _FREE_KEYS - trained
     ]
     if differing:
         raise UserError(

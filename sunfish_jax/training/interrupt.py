@@ -1,13 +1,16 @@
-"""Stopping a run from outside without losing work: Ctrl-C and SIGTERM."""
+"""Stopping a run from outside without losing work: Ctrl-C, SIGTERM, and a terminal that closes."""
 
 import os
 import signal
 import sys
 import threading
 
+# A closed terminal sends SIGHUP, unless the process was told to ignore it (`nohup`). Windows has none.
+_HANG_UP = getattr(signal, "SIGHUP", None)
+
 
 class StopRequest:
-    """Within its `with` block the first SIGINT or SIGTERM only asks to stop; the second ends the process.
+    """Within its `with` block the first SIGINT, SIGTERM or SIGHUP only asks to stop; the second ends the process.
 
     The main thread spends most of its time inside compiled code, where Python runs no signal handler. So a
     thread of its own reads the signals, from the pipe into which Python's C handler writes their numbers.
@@ -21,16 +24,24 @@ class StopRequest:
         return self._asked.is_set()
 
     def __enter__(self) -> "StopRequest":
+        self._numbers = [signal.SIGINT, signal.SIGTERM]
+        if _HANG_UP is not None and signal.getsignal(_HANG_UP) != signal.SIG_IGN:
+            self._numbers.append(_HANG_UP)
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
         self._thread.start()
         self._old_wakeup = signal.set_wakeup_fd(self._write_end)
         # Python's handlers do nothing: they exist so that the signals neither end the process nor raise.
-        self._old_handlers = {
-            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in self._numbers}
         return self
+
+    def ask_without_output(self):
+        """Asks to stop because nobody reads what is printed any more; from here on it goes nowhere."""
+        self._asked.set()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
 
     def __exit__(self, *_):
         for number, handler in self._old_handlers.items():
@@ -41,7 +52,10 @@ class StopRequest:
 
     def _watch(self, read_end: int):
         while number := os.read(read_end, 1):
-            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+            if number[0] not in self._numbers:
+                continue
+            if number[0] == _HANG_UP:
+                self.ask_without_output()
                 continue
             if self._asked.is_set():
                 print("\nended at once, without saving", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
 from sunfish_jax.training.step import TrainStep, make_train_step
 from sunfish_jax.training.watching import HELD_OUT_MEAN, Evaluate, Sample, Stopped, make_evaluate, make_sample
+from sunfish_jax.workdir.alone import alone_in
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, load_config, record_config
 from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
@@ -43,7 +44,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """Trains until `train.num_steps`, from where the run in `workdir` stopped if there is one.
 
     What a new run starts from, in this order: the newest checkpoint in `workdir`, `train.init_from`, chance.
-    SIGINT and SIGTERM end it after the running step, saved.
+    SIGINT, SIGTERM and a closed terminal end it after the running step, saved.
 
     Args:
         config: the whole configuration, validated.
@@ -52,6 +53,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     Raises:
         UserError: something that was given cannot be used, or the loss is not finite.
     """
+    with alone_in(workdir):
+        _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
     first_step = _saved_step(workdir)
     saved = None if first_step is None else load_config(workdir)
     config = _with_compute_dtype(config, saved)
@@ -236,27 +242,31 @@ class Loop:
         first_step = progress.step
         with contextlib.ExitStack() as stack:
             while progress.step < progress.num_steps and not stop:
-                began = time.monotonic()
-                batch = next(batches)
-                compiling = train_step.compile(state, batch)
-                if progress.step == first_step:
-                    # Not before: what traces a program and reads it from the cache is slower beside spinning cores.
-                    stack.enter_context(awake_cores())
-                state, metrics = train_step(state, batch)
-                self._give_back_memory()
-                progress.add_compiling(compiling)
-                progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
-                self._check_finite(metrics)
-                self._report(metrics)
-                # A checkpoint is kept for its held-out loss, so that comes first; samples can wait.
-                held_out = None
-                if self._is_due(config.eval.every_steps) and not stop:
-                    held_out = self._once_free("evaluate", lambda state=state: self._evaluate(state))
-                # Of each evaluation, or the best state might be none that is kept.
-                if self._is_due(config.checkpoint.every_steps) or held_out is not None:
-                    self._save(state, held_out)
-                if self._is_due(config.logging.sample_every_steps) and not stop:
-                    self._once_free("sample", lambda state=state: self._show_samples(state))
+                try:
+                    began = time.monotonic()
+                    batch = next(batches)
+                    compiling = train_step.compile(state, batch)
+                    if progress.step == first_step and jax.default_backend() == "cpu":
+                        # Not before: to trace a program and read it from the cache is slower beside spinning cores.
+                        stack.enter_context(awake_cores())
+                    state, metrics = train_step(state, batch)
+                    self._give_back_memory()
+                    progress.add_compiling(compiling)
+                    progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
+                    self._check_finite(metrics)
+                    self._report(metrics)
+                    # A checkpoint is kept for its held-out loss, so that comes first; samples can wait.
+                    held_out = None
+                    if self._is_due(config.eval.every_steps) and not stop:
+                        held_out = self._once_free("evaluate", lambda state=state: self._evaluate(state))
+                    # Of each evaluation, or the best state might be none that is kept.
+                    if self._is_due(config.checkpoint.every_steps) or held_out is not None:
+                        self._save(state, held_out)
+                    if self._is_due(config.logging.sample_every_steps) and not stop:
+                        self._once_free("sample", lambda state=state: self._show_samples(state))
+                except BrokenPipeError:
+                    # `main.py ... | head`. The state is whole: nothing is printed while it is given up.
+                    stop.ask_without_output()
         if progress.step > first_step:
             self._save(state, None)
         if progress.step < progress.num_steps:

@@ -20,7 +20,7 @@ from sunfish_jax.models.denoiser import TextDenoiser, make_model
 from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.workdir.config import CONFIG_FILE, record_config
-from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER
+from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER, saved_identity
 from sunfish_jax.workdir.writers import WANDB_RUN_FILE
 
 # What a tokenizer is trained on: as many characters, spread over the corpus. The words of a whole gigabyte took
@@ -131,7 +131,7 @@ def begin_workdir(workdir: Path, config: ConfigDict, prepared: Prepared):
 
 def _check_identity(workdir: Path, identity: Mapping[str, str]):
     """Raises a UserError if the run in `workdir` was trained on other data, tokens or prompt states."""
-    saved = json.loads((workdir / IDENTITY_FILE).read_text(encoding="utf-8"))
+    saved = saved_identity(workdir)
     names = {"data": "text of data.source", "tokenizer": "tokenizer", "prompt_encoder": "prompt encoder"}
     changed = [name for key, name in names.items() if saved[key] != identity[key]]
     if changed:

@@ -110,6 +110,12 @@ def _check_relations(config: ConfigDict) -> None:
                 f"config.{group}.width={width} does not give each of {group}.num_heads={num_heads} heads "
                 f"an even width: give a multiple of {2 * num_heads}"
             )
+    if config.train.num_devices > config.train.batch_size:
+        # Each device has room for a row of any length in each pass.
+        raise UserError(
+            f"config.train.num_devices={config.train.num_devices} is more than "
+            f"train.batch_size={config.train.batch_size}: give each device a row in each pass"
+        )
     if config.model.block_size % 16:
         raise UserError(f"config.model.block_size={config.model.block_size}: give a multiple of 16")
     if not config.data.source:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sunfish_jax.errors import UserError
 from sunfish_jax.workdir.json_file import write_json
 
 TOTALS_FILE = "progress.json"
@@ -90,4 +91,7 @@ def load_totals(workdir: Path, step: int, num_steps: int) -> Progress:
 
 def _read_totals(workdir: Path) -> dict:
     file = workdir / TOTALS_FILE
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise UserError(f"{file} is damaged: put back the one that training wrote, or remove it") from None

@@ -88,17 +88,27 @@ def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
     )
 
 
-def _checked_identity(
-    workdir: Path, tokenizer: PreTrainedTokenizerFast, prompt_encoder: PromptEncoder
-) -> Mapping[str, str]:
-    """What training wrote of its text, tokenizer and prompt encoder, of which the latter two must be those here."""
+def saved_identity(workdir: Path) -> Mapping[str, str]:
+    """What training wrote of its data, tokenizer and prompt encoder.
+
+    Raises:
+        UserError: it is not there or cannot be read.
+    """
     path = workdir / IDENTITY_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         saved = {}
     if not isinstance(saved, dict) or not {"data", "tokenizer", "prompt_encoder"} <= set(saved):
-        raise UserError(f"{path} is missing or damaged: put back the one that training wrote") from None
+        raise UserError(f"{path} is missing or damaged: put back the one that training wrote")
+    return saved
+
+
+def _checked_identity(
+    workdir: Path, tokenizer: PreTrainedTokenizerFast, prompt_encoder: PromptEncoder
+) -> Mapping[str, str]:
+    """`saved_identity`, of which tokenizer and prompt encoder must be those here."""
+    saved = saved_identity(workdir)
     here = {"tokenizer": tokenizer_identity(tokenizer), "prompt_encoder": prompt_encoder.identity}
     for name, identity in here.items():
         if saved[name] != identity:

@@ -136,6 +136,18 @@ def test_text_is_split_without_loss_into_separate_parts(tmp_path, many_files):
     assert source.continuous
 
 
+@pytest.mark.parametrize("size", [26_000, 100_000, 1_000_000])
+def test_text_without_line_breaks_is_split_too(tmp_path, size):
+    text = "".join(f"word {number} " for number in range(size // 10))
+    (tmp_path / "one_line.txt").write_text(text)
+    source = source_of(tmp_path / "one_line.txt")
+    characters = {
+        split: sum(len(e.text) for e in source.examples(split)) for split in ("train", "validation", "test")
+    }
+    assert sum(characters.values()) == len(text)
+    assert 0.01 < min(characters["validation"], characters["test"]) / len(text) < 0.06
+
+
 def test_identity_follows_the_contents_not_the_name(tmp_path):
     one, other = tmp_path / "one.txt", tmp_path / "other.txt"
     one.write_text("some text")

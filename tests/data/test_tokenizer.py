@@ -65,6 +65,10 @@ def test_tokenizers_that_cannot_serve(tmp_path):
         load_tokenizer(tmp_path / "missing")
     with pytest.raises(UserError, match="no tokenizer that can be read"):
         load_tokenizer(tmp_path)
+    # What the library says of it is a plain Exception.
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "of next year"}}')
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        load_tokenizer(tmp_path)
     gpt2_like(tmp_path / "no_eos", None, special="<start>")
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(tmp_path / "no_eos")

@@ -32,6 +32,8 @@ def test_the_limits_themselves_are_allowed():
         {"prompts": ("x" * 2001,)},
         {"text": ""},
         {"text": "no gap [mask]"},
+        {"text": "not UTF-8 \udcff [MASK]"},
+        {"prompts": ("not UTF-8 \udcff",)},
     ],
 )
 def test_the_rest_is_one_line(values):

@@ -59,6 +59,22 @@ def test_other_architecture_is_refused_by_name(saved, key, value):
         init_tokenizer(config)
 
 
+@pytest.mark.parametrize("name", ["transformer", "minilm"])
+def test_positions_that_were_trained_stay_as_many(tmp_path, name):
+    config = nano.get_config()
+    config.prompt_encoder.name = name
+    record_config(tmp_path / "saved", config, step=0)
+    with Checkpoints(tmp_path / "saved", config.checkpoint) as checkpoints:
+        checkpoints.save(10, {"step": jnp.int32(10)})
+    config.train.init_from = str(tmp_path / "saved")
+    config.prompt_encoder.max_length += 16
+    if name == "transformer":
+        with pytest.raises(UserError, match=r"prompt_encoder.max_length is .* there"):
+            init_tokenizer(config)
+    else:
+        assert init_tokenizer(config) == tmp_path / "saved/tokenizer"
+
+
 def test_missing_checkpoint_is_found_before_anything_is_prepared(saved):
     config = nano.get_config()
     config.train.init_from = f"{saved}@7"

@@ -38,6 +38,21 @@ def test_first_signal_only_asks(number):
     assert "stopping after this step" in out and out.endswith("asked\n") and "not asked" not in out
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_asks_and_nothing_is_printed_to_it(tmp_path, ignored):
+    asked = tmp_path / "asked"
+    program = PROGRAM + f"open({str(asked)!r}, 'w').write(str(bool(stop)))"
+    ignore = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    command = [sys.executable, "-c", program, "5000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=ignore)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    # `nohup` keeps a run going.
+    assert (out, asked.read_text()) == (("not asked\n", "False") if ignored else ("", "True"))
+
+
 def test_no_signal_no_request():
     done = subprocess.run([sys.executable, "-c", PROGRAM, "1"], capture_output=True, text=True)
     assert done.stdout == "ready\nnot asked\n"

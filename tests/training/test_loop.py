@@ -53,6 +53,8 @@ class Recorder:
     def ask(self):
         self.asked = True
 
+    ask_without_output = ask
+
     def save(self, step, state, metrics):
         assert step == state
         self.saved.setdefault(step, metrics)  # as the real one: a step that is there stays as it is
@@ -180,6 +182,18 @@ def test_stop_finishes_the_step_saves_it_and_says_how_to_resume(tmp_path, capsys
     assert list(recorder.texts) == [3]  # not at step 6: whoever stops a run waits for it to end
     assert "stopped at step 6 of 10" in capsys.readouterr().out
     assert load_totals(tmp_path, 6, 10).real_tokens == 30
+
+
+def test_output_that_nobody_reads_any_more_stops_it_saved(tmp_path, monkeypatch):
+    def line(progress, *_):
+        if progress.step == 5:
+            raise BrokenPipeError
+        return ""
+
+    monkeypatch.setattr(Progress, "line", line)
+    recorder = Recorder()
+    assert make_loop(tmp_path, recorder).run(0, FakeStep({}), endless()) == 5
+    assert recorder.asked and max(recorder.saved) == 5
 
 
 def test_stop_in_the_last_step_says_what_is_missing(tmp_path, capsys):

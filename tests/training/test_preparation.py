@@ -107,3 +107,13 @@ def test_run_does_not_go_on_with_what_changed(config, prepared, tmp_path, key, w
     with pytest.raises(UserError, match=f"the {words} changed since the run"):
         prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
     assert not (tmp_path / DATA_FOLDER).exists()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"data": "x"}'])
+def test_a_run_whose_fingerprints_are_lost_is_one_line(config, prepared, tmp_path, text):
+    begin_workdir(tmp_path, config, prepared)
+    (tmp_path / IDENTITY_FILE).unlink()
+    if text is not None:
+        (tmp_path / IDENTITY_FILE).write_text(text)
+    with pytest.raises(UserError, match="missing or damaged"):
+        prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)

@@ -65,6 +65,7 @@ def test_micro_is_the_recommended_model():
         ("optimizer.learning_rate", 0.0, ["learning_rate=0.0", "above 0"]),
         ("optimizer.learning_rate", float("nan"), ["learning_rate=nan", "above 0"]),
         ("train.batch_size", -4, ["batch_size=-4", "1 or more"]),
+        ("train.num_devices", 17, ["num_devices=17", "batch_size=16"]),
         ("tokenizer.vocab_size", 100, ["vocab_size=100", "258"]),
         ("prompt_encoder.name", "bert", ["'bert'", "minilm"]),
         ("prompt_encoder.name", "gpt2", ["prompt_encoder.path is empty"]),

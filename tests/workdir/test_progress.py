@@ -2,6 +2,7 @@
 
 import pytest
 
+from sunfish_jax.errors import UserError
 from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
 
 
@@ -65,3 +66,9 @@ def test_totals_go_on_from_the_checkpoint_they_were_saved_with(tmp_path):
     assert load_totals(tmp_path, step=3, num_steps=10).seconds == 0
     assert load_totals(tmp_path, step=2, num_steps=10).real_tokens == 30
     assert load_totals(tmp_path / "new", step=0, num_steps=10).seconds == 0
+
+
+def test_damaged_totals_are_one_line(tmp_path):
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(UserError, match=r"progress.json is damaged"):
+        load_totals(tmp_path, step=1, num_steps=10)
