@@ -14,6 +14,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 import pytest
 
+# Begun first, so that no process is left alone with one of them at the end.
+_LONGEST_FILES = (
+    "test_end_to_end.py",
+    "test_ar_twin.py",
+    "test_text_metrics_table.py",
+    "test_compiled_step.py",
+    "test_compiled_sampling.py",
+    "test_step.py",
+)
+
 jax.config.update("jax_num_cpu_devices", 2)
 # Most of the time of these tests is compiling, of programs that run for moments. The processes that some of them
 # start, `main.py` among these, compile as a person's do.
@@ -26,3 +36,8 @@ def compiled_as_shipped():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first; `--no-loadscope-reorder` keeps them there."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST_FILES)

@@ -152,6 +152,7 @@ class Denoiser:
             encode_prompts(run.prompt_encoder, prompts),
             seq_len=length,
             settings=self.settings,
+            row_lengths=run.row_lengths,
             counter=StepCounter.on_terminal(),
         )
 

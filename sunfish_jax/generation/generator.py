@@ -19,9 +19,12 @@ from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.models.denoiser import PromptKeysValues, compute_params, quantized_kernels
 from sunfish_jax.models.prompt import Prompt
+from sunfish_jax.ops.rows import PackedRows
 
 # Positions in one call: more rows are done in turns, so that the logits fit into memory.
 _POSITIONS_AT_ONCE = 2048
+# What a sample's length is drawn by, where a pass has its number.
+_LENGTH = 2**32 - 1
 
 
 @flax.struct.dataclass
@@ -66,6 +69,27 @@ def text_keys(seed: int, prompts: Sequence[str | None], indices: np.ndarray) -> 
     return jax.vmap(jax.random.fold_in)(sample_keys(seed, indices), hashes)
 
 
+def drawn_lengths(keys: jax.Array, counts: np.ndarray | None, longest: int) -> np.ndarray | None:
+    """How many positions each of some texts gets: as many as a row of the training text has, drawn at random.
+
+    A row is seldom padded in training, so the model fills all that a text is given; its length is not the model's
+    to choose.
+
+    Args:
+        keys: [n] the samples' random keys.
+        counts: How many rows have each length, [1 + longest row]; None where the model chooses.
+        longest: The most that is asked for.
+
+    Returns:
+        [n] from 1 to `longest`; None where the model chooses.
+    """
+    if counts is None:
+        return None
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _LENGTH)))(keys)
+    lengths = np.searchsorted(np.cumsum(counts), np.asarray(uniforms, np.float64) * counts.sum(), side="right")
+    return np.clip(lengths, 1, longest).astype(np.int32)
+
+
 def take_rows(tree, rows: np.ndarray):
     """The rows of those numbers, of every array in a pytree."""
     return jax.tree.map(lambda leaf: leaf[rows], tree)
@@ -80,6 +104,7 @@ def generate(
     seq_len: int,
     settings: Settings,
     *,
+    lengths: np.ndarray | None = None,
     constraint: Constraint | None = None,
     counter: StepCounter | None = None,
 ) -> np.ndarray:
@@ -96,13 +121,15 @@ def generate(
         keys: [n] random keys.
         seq_len: S.
         settings: How to sample.
+        lengths: [n] the positions of each row, of which nothing else is read; None for all S.
         constraint: Given tokens and what may stand beside them; None for free text.
         counter: Shows the steps; None for silence.
 
     Returns:
-        [n, S] int32.
+        [n, S] int32, of which what lies behind a row means nothing.
     """
     n = len(keys)
+    lengths = None if lengths is None else np.asarray(lengths, np.int32)
     steps = samplers.make_steps(schedule, settings.num_steps, settings.scheduler)
     interval = schedule.gamma(jnp.asarray(settings.guidance_interval, jnp.float32))
     # Without any prompt both halves of a guided pass would be the same.
@@ -120,7 +147,8 @@ def generate(
             counter.start(start, min(start + size, n), n, settings.num_steps)
         tokens.append(
             _generate(
-                model, params, take_rows(prompt, rows), keys[rows], steps, interval, settings.temperature, here,
+                model, params, take_rows(prompt, rows), keys[rows], steps, interval, settings.temperature,
+                None if lengths is None else lengths[rows], here,
                 seq_len=seq_len, guidance_scale=scale, counter=counter,
             )
         )  # fmt: skip
@@ -131,7 +159,19 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("model", "seq_len", "guidance_scale", "counter"))
 def _generate(
-    model, params, prompt, keys, steps, interval, temperature, constraint, *, seq_len, guidance_scale, counter
+    model,
+    params,
+    prompt,
+    keys,
+    steps,
+    interval,
+    temperature,
+    lengths,
+    constraint,
+    *,
+    seq_len,
+    guidance_scale,
+    counter,
 ):
     # Before the scan: out of the branches that guidance chooses from, XLA would not take it.
     narrow = compute_params(params, model.dtype)
@@ -147,8 +187,11 @@ def _generate(
         # What the network makes of a given token it is told in the next pass as it is, as in training.
         possible = constraint.allowed[constraint.kinds] | known[..., None]
 
+    # As in training, where rows lie in packs: here one in each.
+    packed = {} if lengths is None else {"packed": PackedRows.in_packs(lengths[:, None], seq_len, seq_len)}
+
     def features(z, gamma, x_hat, *prompts):
-        return model.apply(variables, vocabulary, z, gamma, x_hat, known, *prompts, method="features")
+        return model.apply(variables, vocabulary, z, gamma, x_hat, known, *prompts, **packed, method="features")
 
     # Of a prompt that is not given, one position is read.
     no_prompt = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:, :1]), prompt)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.padded_rows import PaddedBatch
@@ -78,6 +79,7 @@ def make_sample(config: ConfigDict, prepared: Prepared) -> Sample:
             prompts(),
             seq_len=config.model.block_size,
             settings=settings,
+            row_lengths=np.bincount(prepared.splits["train"].lengths),
             seed=config.train.seed,
         )
         return dict(zip(names, texts, strict=True))

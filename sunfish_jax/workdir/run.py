@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +18,7 @@ from sunfish_jax.models.denoiser import TextDenoiser, init_params, make_model
 from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import load_config
+from sunfish_jax.workdir.row_lengths import load_row_lengths
 
 TOKENIZER_FOLDER = "tokenizer"
 # The prepared corpus and its tokens.
@@ -39,6 +41,7 @@ class Run:
         schedule: the noise schedule at that step.
         step: the checkpoint's step.
         data_identity: fingerprint of the text that it was trained on.
+        row_lengths: how many rows of it have each length; None for a run from before rows were packed.
     """
 
     workdir: Path
@@ -50,6 +53,7 @@ class Run:
     schedule: Schedule
     step: int
     data_identity: str
+    row_lengths: np.ndarray | None
 
 
 def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
@@ -85,6 +89,7 @@ def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:
         schedule=fields["schedule"],
         step=step,
         data_identity=identity["data"],
+        row_lengths=load_row_lengths(workdir),
     )
 
 

@@ -17,7 +17,7 @@ from sunfish_jax.workdir.run import Run
 def denoiser():
     settings = Settings("ddpm", 32, 1.5, (0.1, 0.9), 1.0)
     config = ConfigDict({"eval": {"bound_draws": 64}})
-    run = Run(Path("workdir"), config, TOKENIZER, None, MODEL, PARAMS, SCHEDULE, 7, "corpus")
+    run = Run(Path("workdir"), config, TOKENIZER, None, MODEL, PARAMS, SCHEDULE, 7, "corpus", None)
     return evaluation.Denoiser(run, settings)
 
 

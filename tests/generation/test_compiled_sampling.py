@@ -38,7 +38,9 @@ def traced_sampling(dtype):
     interval = schedule.gamma(jnp.asarray(config.sampling.guidance_interval))
     keys, steps = sample_keys(0, jnp.arange(rows)), make_steps(schedule, 4, "ddim")
     statics = {"seq_len": 64, "guidance_scale": 1.5, "counter": None}
-    return _generate.trace(model, params, prompt, keys, steps, interval, 1.0, None, **statics)
+    # As long as rows of the training text.
+    lengths = jnp.array([40, 64, 9])
+    return _generate.trace(model, params, prompt, keys, steps, interval, 1.0, lengths, None, **statics)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])

@@ -5,15 +5,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoders import FrozenEncoder
 from ml_collections import ConfigDict
 from stubs import LogitsAsFeatures
 
+from configs import nano
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.diffusion.schedules import make_schedule
 from sunfish_jax.generation import generator
 from sunfish_jax.generation.options import SampleOptions
 from sunfish_jax.generation.output import StepCounter
+from sunfish_jax.models.denoiser import init_params, make_model
 from sunfish_jax.models.prompt import Prompt
 
 VOCAB, DIM, LENGTH = 11, 8, 6
@@ -165,3 +168,33 @@ def test_options_take_the_place_of_the_runs_settings():
     options = SampleOptions(num_steps=10, guidance_scale=0.0)
     assert generator.Settings.make(sampling, options) == generator.Settings("ddim", 10, 0.0, (0.1, 0.9), 1.0)
     assert generator.Settings.make(sampling).num_steps == 64
+
+
+def test_a_row_of_fewer_positions_is_that_row_alone():
+    config = nano.get_config()
+    config.model.num_layers, config.model.compute_dtype = 2, "float32"
+    model = make_model(config, VOCAB, FrozenEncoder(output_dim=24))
+    rng = np.random.default_rng(0)
+    # Away from the zeros that it begins with.
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+    schedule = make_schedule("gumbel", config.model.embedding_dim, VOCAB)
+    prompt = Prompt(rng.normal(size=(3, 5, 24)).astype(np.float16), np.ones((3, 5), bool))
+    settings = generator.Settings("ddpm", 6, 2.0, (0.1, 0.9), 1.0)
+    keys, lengths = generator.sample_keys(0, np.arange(3)), np.array([9, 16, 4])
+    together = generator.generate(model, params, schedule, prompt, keys, 16, settings, lengths=lengths)
+    for row, length in enumerate(lengths):
+        one = generator.take_rows((prompt, keys), np.array([row]))
+        (alone,) = generator.generate(model, params, schedule, *one, int(length), settings)
+        np.testing.assert_array_equal(together[row, :length], alone)
+    assert len(np.unique(together)) > 3
+
+
+def test_lengths_are_as_often_drawn_as_rows_have_them():
+    counts = np.array([0, 0, 300, 0, 100, 600])
+    keys = generator.sample_keys(1, np.arange(4000))
+    drawn = generator.drawn_lengths(keys, counts, 5)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=6) / 4000, counts / 1000, atol=0.025)
+    np.testing.assert_array_equal(generator.drawn_lengths(keys, counts, 4), np.minimum(drawn, 4))
+    np.testing.assert_array_equal(generator.drawn_lengths(keys[7:9], counts, 5), drawn[7:9])
+    assert generator.drawn_lengths(keys, None, 5) is None

@@ -27,6 +27,7 @@ def load(monkeypatch):
         params=PARAMS,
         schedule=SCHEDULE,
         step=7,
+        row_lengths=None,
     )
     monkeypatch.setattr(sample, "load_run", lambda workdir, checkpoint: run)
     monkeypatch.setattr(

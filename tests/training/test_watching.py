@@ -13,7 +13,7 @@ PREPARED = types.SimpleNamespace(
     model="model",
     tokenizer="tokenizer",
     prompt_encoder="encoder",
-    splits={"validation": "validation text"},
+    splits={"validation": "validation text", "train": types.SimpleNamespace(lengths=np.array([3, 1, 3]))},
 )
 CONFIG = types.SimpleNamespace(eval=types.SimpleNamespace(num_rows=7))
 
@@ -49,9 +49,10 @@ def test_an_evaluation_gives_way_to_a_stop():
 def test_there_is_a_sample_for_each_prompt_and_one_without(monkeypatch):
     from configs import nano
 
-    def sample_texts(model, params, schedule, tokenizer, prompts, *, seq_len, settings, seed):
+    def sample_texts(model, params, schedule, tokenizer, prompts, *, seq_len, settings, row_lengths, seed):
         assert params.keys() == STATE.ema_params.keys()
         assert schedule == STATE.schedule
+        assert row_lengths.tolist() == [0, 1, 0, 2]
         assert (seq_len, settings.num_steps, seed) == (config.model.block_size, config.sampling.num_steps, 7)
         return [f"about {prompt}" for prompt in prompts]
 
