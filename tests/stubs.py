@@ -13,6 +13,6 @@ class LogitsAsFeatures(nn.Module):
         embeddings = self.embeddings()
         return Vocabulary(embeddings, jnp.eye(len(embeddings)), jnp.zeros(len(embeddings)))
 
-    def features(self, vocabulary, z, gamma, x_hat, known_mask, *prompts):
+    def features(self, vocabulary, z, gamma, x_hat, known_mask, *prompts, packed=None):
         logits = [self.logits(vocabulary, z, gamma, x_hat, known_mask, prompt) for prompt in prompts]
         return jnp.concatenate(logits)

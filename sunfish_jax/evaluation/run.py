@@ -19,7 +19,7 @@ from sunfish_jax.evaluation.evaluate import evaluate
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
 from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.generation.gaps import ANY, PADDING, allowed_tokens
-from sunfish_jax.generation.generator import Constraint, generate
+from sunfish_jax.generation.generator import Constraint, generate, sample_keys
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.output import StepCounter
 from sunfish_jax.generation.sample import sample_texts
@@ -150,6 +150,7 @@ class Denoiser:
             run.schedule,
             run.tokenizer,
             encode_prompts(run.prompt_encoder, prompts),
+            sample_keys(0, np.arange(len(prompts))),
             seq_len=length,
             settings=self.settings,
             row_lengths=run.row_lengths,

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from sunfish_jax.diffusion.schedules import Schedule
-from sunfish_jax.generation.generator import drawn_lengths, generate, sample_keys, take_rows, text_keys
+from sunfish_jax.generation.generator import drawn_lengths, generate, take_rows, text_keys
 from sunfish_jax.generation.options import SampleOptions, Settings
 from sunfish_jax.generation.output import StepCounter, decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
@@ -33,17 +34,17 @@ def run(workdir: Path, options: SampleOptions) -> None:
         distinct = options.prompts or (None,)
         rows = np.repeat(np.arange(len(distinct)), options.num_samples)
         indices = np.tile(np.arange(options.num_samples), len(distinct))
-        texts = _texts(
+        texts = sample_texts(
             run.model,
             run.params,
             run.schedule,
             run.tokenizer,
             take_rows(encode_prompts(run.prompt_encoder, distinct), rows),
             text_keys(options.seed, [distinct[number] for number in rows], indices),
-            seq_len,
-            settings,
-            run.row_lengths,
-            StepCounter.on_terminal(),
+            seq_len=seq_len,
+            settings=settings,
+            row_lengths=run.row_lengths,
+            counter=StepCounter.on_terminal(),
         )
         origin = provenance(run, options, settings) | {"seq_len": seq_len}
         for number, index, text in zip(rows, indices.tolist(), texts, strict=True):
@@ -58,22 +59,17 @@ def sample_texts(
     schedule: Schedule,
     tokenizer,
     prompt: Prompt,
+    keys: jax.Array,
     *,
     seq_len: int,
     settings: Settings,
     row_lengths: np.ndarray | None,
-    seed: int = 0,
     counter: StepCounter | None = None,
 ) -> list[str]:
-    """One text for each of the prompts [n, P], for evaluation and while training; row i is sample i.
+    """One text of at most `seq_len` tokens for each of the prompts [n, P] and random keys [n].
 
     `row_lengths` are the counts of `drawn_lengths`.
     """
-    keys = sample_keys(seed, np.arange(len(prompt.mask)))
-    return _texts(model, params, schedule, tokenizer, prompt, keys, seq_len, settings, row_lengths, counter)
-
-
-def _texts(model, params, schedule, tokenizer, prompt, keys, seq_len, settings, row_lengths, counter) -> list[str]:
     lengths = drawn_lengths(keys, row_lengths, seq_len)
     tokens = generate(model, params, schedule, prompt, keys, seq_len, settings, lengths=lengths, counter=counter)
     ends = np.full(len(tokens), seq_len) if lengths is None else lengths

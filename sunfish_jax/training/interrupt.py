@@ -10,7 +10,9 @@ _HANG_UP = getattr(signal, "SIGHUP", None)
 
 
 class StopRequest:
-    """Within its `with` block the first SIGINT, SIGTERM or SIGHUP only asks to stop; the second ends the process.
+    """Within its `with` block the first SIGINT or SIGTERM only asks to stop; the second ends the process.
+
+    A SIGHUP only asks, however often it comes: a shell sends its own beside the kernel's.
 
     The main thread spends most of its time inside compiled code, where Python runs no signal handler. So a
     thread of its own reads the signals, from the pipe into which Python's C handler writes their numbers.

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.evaluation.held_out import held_out_cross_entropy, nearest_neighbour_distance
 from sunfish_jax.evaluation.text_rows import TextRows
+from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.generation.options import Settings
 from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt_encoder import encode_prompts
@@ -77,10 +78,10 @@ def make_sample(config: ConfigDict, prepared: Prepared) -> Sample:
             schedule,
             prepared.tokenizer,
             prompts(),
+            sample_keys(config.train.seed, np.arange(len(names))),
             seq_len=config.model.block_size,
             settings=settings,
             row_lengths=np.bincount(prepared.splits["train"].lengths),
-            seed=config.train.seed,
         )
         return dict(zip(names, texts, strict=True))
 

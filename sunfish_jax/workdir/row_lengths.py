@@ -17,7 +17,7 @@ def save_row_lengths(workdir: Path, lengths: np.ndarray) -> None:
 
 
 def load_row_lengths(workdir: Path) -> np.ndarray | None:
-    """Counts by length, [1 + longest]; None for a run from before rows were packed, whose texts end by themselves.
+    """Counts by length, [1 + longest]; None for a run that was trained before they were kept.
 
     Raises:
         UserError: the file is damaged.

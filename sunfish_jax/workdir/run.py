@@ -41,7 +41,7 @@ class Run:
         schedule: the noise schedule at that step.
         step: the checkpoint's step.
         data_identity: fingerprint of the text that it was trained on.
-        row_lengths: how many rows of it have each length; None for a run from before rows were packed.
+        row_lengths: how many rows of it have each length; None for a run that was trained before they were kept.
     """
 
     workdir: Path

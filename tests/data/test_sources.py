@@ -141,9 +141,7 @@ def test_text_without_line_breaks_is_split_too(tmp_path, size):
     text = "".join(f"word {number} " for number in range(size // 10))
     (tmp_path / "one_line.txt").write_text(text)
     source = source_of(tmp_path / "one_line.txt")
-    characters = {
-        split: sum(len(e.text) for e in source.examples(split)) for split in ("train", "validation", "test")
-    }
+    characters = {split: sum(len(example.text) for example in source.examples(split)) for split in SPLITS}
     assert sum(characters.values()) == len(text)
     assert 0.01 < min(characters["validation"], characters["test"]) / len(text) < 0.06
 

@@ -33,6 +33,7 @@ def load(monkeypatch):
     monkeypatch.setattr(
         sample, "encode_prompts", lambda _, prompts: take_rows(NO_PROMPT, np.zeros(len(prompts), int))
     )
+    return run
 
 
 def records(tmp_path, **options):
@@ -50,6 +51,13 @@ def test_every_prompt_gets_its_samples_with_what_makes_them_again(load, tmp_path
     assert all(made_from.items() <= record.items() for record in several)
     again = records(tmp_path, prompts=("y",), num_samples=1, seed=9, seq_len=8)
     assert again == several[2:3]
+
+
+def test_texts_are_as_long_as_rows_of_the_training_text(load, tmp_path, monkeypatch):
+    load.row_lengths = np.array([0, 0, 1, 0, 0, 1])
+    monkeypatch.setattr(sample, "decode", lambda row, tokenizer: str(len(row)))
+    assert {record["text"] for record in records(tmp_path, num_samples=12, seq_len=16)} == {"2", "5"}
+    assert {record["text"] for record in records(tmp_path, num_samples=12, seq_len=4)} == {"2", "4"}
 
 
 def test_without_a_prompt(load, tmp_path, capsys):

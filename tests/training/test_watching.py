@@ -1,8 +1,10 @@
 import types
 
+import jax
 import numpy as np
 import pytest
 
+from sunfish_jax.generation.generator import sample_keys
 from sunfish_jax.training import watching
 from sunfish_jax.training.watching import Stopped, make_evaluate, make_sample
 
@@ -49,11 +51,12 @@ def test_an_evaluation_gives_way_to_a_stop():
 def test_there_is_a_sample_for_each_prompt_and_one_without(monkeypatch):
     from configs import nano
 
-    def sample_texts(model, params, schedule, tokenizer, prompts, *, seq_len, settings, row_lengths, seed):
+    def sample_texts(model, params, schedule, tokenizer, prompts, keys, *, seq_len, settings, row_lengths):
         assert params.keys() == STATE.ema_params.keys()
         assert schedule == STATE.schedule
         assert row_lengths.tolist() == [0, 1, 0, 2]
-        assert (seq_len, settings.num_steps, seed) == (config.model.block_size, config.sampling.num_steps, 7)
+        assert (seq_len, settings.num_steps) == (config.model.block_size, config.sampling.num_steps)
+        np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(sample_keys(7, np.arange(3))))
         return [f"about {prompt}" for prompt in prompts]
 
     config = nano.get_config()
