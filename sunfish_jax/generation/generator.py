@@ -69,7 +69,7 @@ def text_keys(seed: int, prompts: Sequence[str | None], indices: np.ndarray) -> 
     return jax.vmap(jax.random.fold_in)(sample_keys(seed, indices), hashes)
 
 
-def drawn_lengths(keys: jax.Array, counts: np.ndarray | None, longest: int) -> np.ndarray | None:
+def drawn_lengths(keys: jax.Array, counts: np.ndarray, longest: int) -> np.ndarray:
     """How many positions each of some texts gets: as many as a row of the training text has, drawn at random.
 
     A row is seldom padded in training, so the model fills all that a text is given; its length is not the model's
@@ -77,14 +77,12 @@ def drawn_lengths(keys: jax.Array, counts: np.ndarray | None, longest: int) -> n
 
     Args:
         keys: [n] the samples' random keys.
-        counts: How many rows have each length, [1 + longest row]; None where the model chooses.
+        counts: How many rows have each length, [1 + longest row].
         longest: The most that is asked for.
 
     Returns:
-        [n] from 1 to `longest`; None where the model chooses.
+        [n] from 1 to `longest`.
     """
-    if counts is None:
-        return None
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _LENGTH)))(keys)
     lengths = np.searchsorted(np.cumsum(counts), np.asarray(uniforms, np.float64) * counts.sum(), side="right")
     return np.clip(lengths, 1, longest).astype(np.int32)

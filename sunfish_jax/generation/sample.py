@@ -63,7 +63,7 @@ def sample_texts(
     *,
     seq_len: int,
     settings: Settings,
-    row_lengths: np.ndarray | None,
+    row_lengths: np.ndarray,
     counter: StepCounter | None = None,
 ) -> list[str]:
     """One text of at most `seq_len` tokens for each of the prompts [n, P] and random keys [n].
@@ -72,5 +72,4 @@ def sample_texts(
     """
     lengths = drawn_lengths(keys, row_lengths, seq_len)
     tokens = generate(model, params, schedule, prompt, keys, seq_len, settings, lengths=lengths, counter=counter)
-    ends = np.full(len(tokens), seq_len) if lengths is None else lengths
-    return [decode(row[:end], tokenizer) for row, end in zip(tokens, ends, strict=True)]
+    return [decode(row[:length], tokenizer) for row, length in zip(tokens, lengths, strict=True)]

@@ -30,7 +30,6 @@ from sunfish_jax.workdir.alone import alone_in
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, load_config, record_config
 from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
-from sunfish_jax.workdir.row_lengths import save_row_lengths
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 from sunfish_jax.workdir.writers import make_writer, metric_writers
 
@@ -85,8 +84,6 @@ def _train(config: ConfigDict, workdir: Path) -> None:
         contextlib.ExitStack() as stack,
     ):
         state = _first_state(config, workdir, prepared, mesh, checkpoints, first_step)
-        # Of a run that goes on too: it may have begun before they were kept.
-        save_row_lengths(workdir, prepared.splits["train"].lengths)
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False), flush=True)
         writer = make_writer(config, workdir, first_step or 0)
         stack.callback(writer.close)

@@ -20,6 +20,7 @@ from sunfish_jax.models.denoiser import TextDenoiser, make_model
 from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.workdir.config import CONFIG_FILE, record_config
+from sunfish_jax.workdir.row_lengths import save_row_lengths
 from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER, saved_identity
 from sunfish_jax.workdir.writers import WANDB_RUN_FILE
 
@@ -127,6 +128,7 @@ def begin_workdir(workdir: Path, config: ConfigDict, prepared: Prepared):
     record_config(workdir, config, step=0)
     prepared.tokenizer.save_pretrained(workdir / TOKENIZER_FOLDER)
     (workdir / IDENTITY_FILE).write_text(json.dumps(prepared.identity, indent=2) + "\n", encoding="utf-8")
+    save_row_lengths(workdir, prepared.splits["train"].lengths)
 
 
 def _check_identity(workdir: Path, identity: Mapping[str, str]):

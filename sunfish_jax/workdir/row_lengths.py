@@ -16,19 +16,17 @@ def save_row_lengths(workdir: Path, lengths: np.ndarray) -> None:
     write_json(workdir / _FILE, np.bincount(lengths).tolist())
 
 
-def load_row_lengths(workdir: Path) -> np.ndarray | None:
-    """Counts by length, [1 + longest]; None for a run that was trained before they were kept.
+def load_row_lengths(workdir: Path) -> np.ndarray:
+    """Counts by length, [1 + longest].
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is not there or cannot be read.
     """
     path = workdir / _FILE
-    if not path.is_file():
-        return None
     try:
         counts = np.asarray(json.loads(path.read_text(encoding="utf-8")), np.int64)
-    except (ValueError, TypeError):
+    except (OSError, ValueError, TypeError):
         counts = np.zeros(0)
     if counts.ndim != 1 or not counts.sum():
-        raise UserError(f"{path} is damaged: put back the one that training wrote")
+        raise UserError(f"{path} is missing or damaged: put back the one that training wrote")
     return counts

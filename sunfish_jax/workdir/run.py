@@ -41,7 +41,7 @@ class Run:
         schedule: the noise schedule at that step.
         step: the checkpoint's step.
         data_identity: fingerprint of the text that it was trained on.
-        row_lengths: how many rows of it have each length; None for a run that was trained before they were kept.
+        row_lengths: how many rows of it have each length.
     """
 
     workdir: Path
@@ -53,7 +53,7 @@ class Run:
     schedule: Schedule
     step: int
     data_identity: str
-    row_lengths: np.ndarray | None
+    row_lengths: np.ndarray
 
 
 def load_run(workdir: Path, checkpoint: str | int = "latest") -> Run:

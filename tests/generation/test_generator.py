@@ -197,4 +197,3 @@ def test_lengths_are_as_often_drawn_as_rows_have_them():
     np.testing.assert_allclose(np.bincount(drawn, minlength=6) / 4000, counts / 1000, atol=0.025)
     np.testing.assert_array_equal(generator.drawn_lengths(keys, counts, 4), np.minimum(drawn, 4))
     np.testing.assert_array_equal(generator.drawn_lengths(keys[7:9], counts, 5), drawn[7:9])
-    assert generator.drawn_lengths(keys, None, 5) is None

@@ -27,7 +27,7 @@ def load(monkeypatch):
         params=PARAMS,
         schedule=SCHEDULE,
         step=7,
-        row_lengths=None,
+        row_lengths=np.bincount([16]),
     )
     monkeypatch.setattr(sample, "load_run", lambda workdir, checkpoint: run)
     monkeypatch.setattr(

@@ -15,6 +15,7 @@ from sunfish_jax.models import prompt_table
 from sunfish_jax.training import preparation
 from sunfish_jax.training.preparation import begin_workdir, prepare_run
 from sunfish_jax.workdir.config import load_config
+from sunfish_jax.workdir.row_lengths import load_row_lengths
 from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER
 from sunfish_jax.workdir.writers import WANDB_RUN_FILE
 
@@ -38,6 +39,7 @@ def prepared(config, tmp_path_factory):
 
 def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path):
     begin_workdir(tmp_path, config, prepared)
+    np.testing.assert_array_equal(load_row_lengths(tmp_path), np.bincount(prepared.splits["train"].lengths))
     again = prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
     assert again.buckets == prepared.buckets
     np.testing.assert_array_equal(again.splits["train"].tokens, prepared.splits["train"].tokens)

@@ -12,6 +12,7 @@ from sunfish_jax.models.prompt_encoder import make_prompt_encoder
 from sunfish_jax.training.state import create_state
 from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import record_config
+from sunfish_jax.workdir.row_lengths import save_row_lengths
 from sunfish_jax.workdir.run import IDENTITY_FILE, TOKENIZER_FOLDER, load_run
 
 
@@ -36,6 +37,7 @@ def trained(tmp_path_factory):
     record_config(workdir, config, step=0)
     tokenizer.save_pretrained(workdir / TOKENIZER_FOLDER)
     identity = {"tokenizer": tokenizer_identity(tokenizer), "prompt_encoder": encoder.identity, "data": "x"}
+    save_row_lengths(workdir, np.array([3, 1, 3]))
     (workdir / IDENTITY_FILE).write_text(json.dumps(identity))
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
         checkpoints.save(1, state, {"held_out": 1.0})
@@ -50,6 +52,7 @@ def test_a_run_has_the_averaged_parameters_and_the_fitted_schedule(trained):
     assert run.tokenizer.decode(run.tokenizer("a puppy").input_ids) == "a puppy"
     jax.tree.map(np.testing.assert_array_equal, run.params, state.ema_params)
     assert run.schedule.mu == state.schedule.mu
+    assert run.row_lengths.tolist() == [0, 1, 0, 2]
     table = run.model.apply({"params": run.params}, method="vocabulary").embeddings
     assert table.shape == (len(run.tokenizer), 32)
 
