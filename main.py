@@ -230,6 +230,12 @@ def main(argv: list[str]) -> None:
         # `main.py ... | head`: whoever read is content. What is still to be printed at the end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except PermissionError as error:
+        fail(
+            UserError(
+                f"{error.filename or 'a file'} may not be opened ({error.strerror}): name another, or ask its owner"
+            )
+        )
     except Exception as error:
         problem = disk_problem(error)
         if problem is None:

@@ -419,8 +419,8 @@ class TwinLoop:
 
     def _save(self, state: TwinState, held_out: float | None):
         metrics = None if held_out is None else {"held_out": held_out}
-        self.checkpoints.save(self.progress.step, state, metrics)
         save_totals(self.workdir, self.progress)
+        self.checkpoints.save(self.progress.step, state, metrics)
 
 
 def _like(old: jax.Array, value: float) -> jax.Array:

@@ -147,8 +147,8 @@ def get_config() -> ConfigDict:
     logging.wandb = False
 
     config.checkpoint = checkpoint = ConfigDict()
-    # Steps between two checkpoints; besides, the state of each evaluation is saved.
-    checkpoint.every_steps = 1000
+    # Steps between two checkpoints; besides, the state of each evaluation is saved, when its figures are known.
+    checkpoint.every_steps = 500
     # Newest steps kept, besides the best by held-out loss and every `keep_every_steps`-th.
     checkpoint.keep = 5
     checkpoint.keep_every_steps = 5000

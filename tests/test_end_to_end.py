@@ -123,9 +123,9 @@ def resumed(folder, unstopped):
             at_idle_priority = threads_at_idle_priority(process)
             process.send_signal(signal.SIGTERM)
             break
-    out, _ = finish(process)
-    stopped_at = int(out.split("stopped at step ")[1].split()[0])
-    assert 5 <= stopped_at < NUM_STEPS and "run the same command again to go on" in out
+    _, err = finish(process)
+    stopped_at = int(err.split("stopped at step ")[1].split()[0])
+    assert 5 <= stopped_at < NUM_STEPS and "run the same command again to go on" in err
     assert (folder / "stopped/checkpoints" / str(stopped_at)).is_dir()
     out, _ = finish(train(folder, "stopped"))
     assert f"from step {stopped_at}" in out

@@ -171,6 +171,22 @@ def test_a_folder_that_may_not_be_written_to_is_one_line(run_without_checkpoint,
     assert_one_line(done, ["--workdir=", "may not be written to"])
 
 
+# As one who may not look into a folder.
+NOT_READABLE = """
+import errno, os, sys
+import main
+def look(workdir):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/home/other/run")
+main.load_config = look
+main.app.run(main.main, argv=["main.py", "--mode=sample"], flags_parser=main.parse_flags)
+"""
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line():
+    done = subprocess.run([sys.executable, "-c", NOT_READABLE], capture_output=True, text=True, cwd=ROOT)
+    assert_one_line(done, ["/home/other/run may not be opened (Permission denied)"])
+
+
 def test_output_that_nobody_reads_is_no_traceback():
     code = "import sys, main; sys.argv = ['main.py', '--mode=sample']; "
     code += "main.MODES['sample'] = lambda workdir: [print('x' * 80, flush=True) for _ in range(10_000)]; "

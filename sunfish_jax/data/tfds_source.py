@@ -45,8 +45,9 @@ class TfdsDataset:
                 )
         splits = self._builder.info.splits
         self._own_splits = all(split in splits for split in ("train", "validation", "test"))
-        counts = ",".join(f"{split}={info.num_examples}" for split, info in sorted(splits.items()))
-        self.identity = f"tfds:{self._builder.info.full_name}:{text_key}:{prompt_key}:{counts}"
+        # Of a dataset that is prepared anew, other texts have other lengths, in all likelihood.
+        extent = ",".join(f"{split}={of.num_examples}/{of.num_bytes}" for split, of in sorted(splits.items()))
+        self.identity = f"tfds:{self._builder.info.full_name}:{text_key}:{prompt_key}:{extent}"
 
     def examples(self, split: str) -> Iterator[Example]:
         for row in self._rows(split if self._own_splits else "train"):

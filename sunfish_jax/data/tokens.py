@@ -4,6 +4,7 @@ import array
 import dataclasses
 import functools
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from sunfish_jax.errors import UserError
 from sunfish_jax.unfinished import unfinished
 
 _FORMAT = "1"
+_INCOMPLETE = "incomplete-"
 # Texts tokenized together: no more than this, and no more once they have this many characters, each of which takes
 # about 30 bytes until its tokens are written.
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 2**21
@@ -104,8 +106,11 @@ def prepare(
     folder = directory / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     if not folder.exists():
         directory.mkdir(parents=True, exist_ok=True)
+        # What a killed process left half written.
+        for left in directory.glob(f"{_INCOMPLETE}*"):
+            shutil.rmtree(left, ignore_errors=True)
         # Only a finished folder gets its real name: half a corpus is never taken for one.
-        with unfinished(Path(tempfile.mkdtemp(dir=directory, prefix="incomplete-"))) as temporary:
+        with unfinished(Path(tempfile.mkdtemp(dir=directory, prefix=_INCOMPLETE))) as temporary:
             for split in SPLITS:
                 _write_split(source, split, tokenizer, temporary / "tokens" / split, block_size)
             if not folder.exists():

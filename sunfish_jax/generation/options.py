@@ -59,8 +59,9 @@ class GenerationOptions:
         check_checkpoint(self.checkpoint)
         if self.output is not None and not self.output.absolute().parent.is_dir():
             raise UserError(f"--output={self.output}: there is no folder {self.output.parent}; make it first")
-        if self.output is not None and self.output.is_dir():
-            raise UserError(f"--output={self.output}: this is a folder; give the name of a file")
+        # A device, too, is no place for a file that is put in place when it is whole.
+        if self.output is not None and self.output.exists() and not self.output.is_file():
+            raise UserError(f"--output={self.output}: this is a folder or a device; give the name of a file")
 
     def check_length(self, block_size: int) -> None:
         """Raises a UserError if `seq_len` is more than the model's `block_size`."""

@@ -59,6 +59,8 @@ def jsonl_writer(path: Path | None) -> Iterator[Callable[[dict], None]]:
     if path is None:
         yield lambda record: None
         return
+    # What a link leads to is written, and the link stays.
+    path = path.resolve()
     try:
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(None, "permission denied")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
+from sunfish_jax.models.prompt_encoder import PromptEncoder
 from sunfish_jax.training.state import TrainState
 from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import changed_keys, has_config, load_config
@@ -70,16 +71,25 @@ def init_tokenizer(config: ConfigDict) -> Path:
     return workdir / TOKENIZER_FOLDER
 
 
-def init_state(state: TrainState, config: ConfigDict) -> tuple[TrainState, Run]:
+def init_state(state: TrainState, config: ConfigDict, prompt_encoder: PromptEncoder) -> tuple[TrainState, Run]:
     """Puts the averaged weights of another run into a new state; the optimiser starts afresh.
 
     A learned noise schedule comes along, as fitted, where both runs have one of the same kind.
 
     Returns:
         The state at step 0, and the run that the weights are from.
+
+    Raises:
+        UserError: the run cannot be loaded, or was trained with another prompt encoder than `prompt_encoder`.
     """
     workdir, checkpoint = split_init_from(config.train.init_from)
     run = load_run(workdir, checkpoint)
+    if run.prompt_encoder.identity != prompt_encoder.identity:
+        raise UserError(
+            f"train.init_from={config.train.init_from} was trained with the prompt encoder "
+            f"{run.prompt_encoder.identity!r}, and here is {prompt_encoder.identity!r}: give the "
+            "prompt_encoder.path that it was trained with"
+        )
 
     def like(new, old):
         return jax.tree.map(lambda n, o: jax.device_put(jnp.asarray(o, n.dtype), n.sharding), new, old)

@@ -1,5 +1,6 @@
 """Stopping a run from outside without losing work: Ctrl-C, SIGTERM, and a terminal that closes."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -38,12 +39,17 @@ class StopRequest:
         self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in self._numbers}
         return self
 
-    def ask_without_output(self):
-        """Asks to stop because nobody reads what is printed any more; from here on it goes nowhere."""
+    def ask_without_output(self, *streams: int):
+        """Asks to stop because nobody reads these streams any more; what goes to them from here on is lost."""
         self._asked.set()
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
+        for stream in streams:
             os.dup2(nowhere, stream)
+
+    def tell(self, message: str):
+        """Says how the stop goes, on stderr: Ctrl-C ends the reader of stdout too, in `main.py ... | tee log`."""
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for number, handler in self._old_handlers.items():
@@ -57,11 +63,11 @@ class StopRequest:
             if number[0] not in self._numbers:
                 continue
             if number[0] == _HANG_UP:
-                self.ask_without_output()
+                self.ask_without_output(1, 2)
                 continue
             if self._asked.is_set():
-                print("\nended at once, without saving", file=sys.stderr, flush=True)
+                self.tell("\nended at once, without saving")
                 os._exit(128 + number[0])
             self._asked.set()
-            print("\nstopping after this step (once more: end at once, without saving)", flush=True)
+            self.tell("\nstopping after this step (once more: end at once, without saving)")
         os.close(read_end)

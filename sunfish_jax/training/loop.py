@@ -110,7 +110,11 @@ def _writing_to(workdir: Path):
     try:
         yield
     except asynclib.AsyncError as error:
-        raise UserError(f"the figures of the run cannot be written to {workdir}: {error.__cause__}") from error
+        # What is raised after the first one has that as its cause.
+        cause = error
+        while isinstance(cause, asynclib.AsyncError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(f"the figures of the run cannot be written to {workdir}: {cause}") from error
 
 
 def _with_compute_dtype(config: ConfigDict, saved: ConfigDict | None) -> ConfigDict:
@@ -158,7 +162,7 @@ def _first_state(
     token_counts = prepared.token_counts()
     state = jax.jit(lambda: create_state(config, prepared.model, token_counts), out_shardings=shardings)()
     if config.train.init_from:
-        state, origin = init_state(state, config)
+        state, origin = init_state(state, config, prepared.prompt_encoder)
         print(f"starting from the weights of {origin.workdir}, step {origin.step}")
     begin_workdir(workdir, config, prepared)
     return state
@@ -237,6 +241,7 @@ class Loop:
 
         Raises:
             UserError: the loss is not finite. Nothing is saved then.
+            OSError, asynclib.AsyncError: figures or lines cannot be written. The state is saved.
         """
         config, progress, stop = self.config, self.progress, self.stop
         first_step = progress.step
@@ -266,14 +271,20 @@ class Loop:
                         self._once_free("sample", lambda state=state: self._show_samples(state))
                 except BrokenPipeError:
                     # `main.py ... | head`. The state is whole: nothing is printed while it is given up.
-                    stop.ask_without_output()
+                    stop.ask_without_output(1)
+                except (OSError, asynclib.AsyncError):
+                    # A full disk, perhaps: there may be room for the state all the same.
+                    if progress.step > first_step:
+                        self._save(state, None)
+                    raise
         if progress.step > first_step:
             self._save(state, None)
-        if progress.step < progress.num_steps:
-            print(
+        if not progress.step:
+            stop.tell("stopped before the first step: there was nothing to save")
+        elif progress.step < progress.num_steps:
+            stop.tell(
                 f"stopped at step {progress.step} of {progress.num_steps}, saved in {self.workdir}: "
-                "run the same command again to go on",
-                flush=True,
+                "run the same command again to go on"
             )
         else:
             if stop:
@@ -364,6 +375,7 @@ class Loop:
             print(f"  [{name}] {' '.join(text.split())}", flush=True)
 
     def _save(self, state: TrainState, held_out: float | None):
-        step = self.progress.step
-        self.checkpoints.save(step, state, None if held_out is None else {"held_out": held_out})
+        # Totals without a checkpoint do no harm; a checkpoint without totals would count from zero.
         save_totals(self.workdir, self.progress)
+        metrics = None if held_out is None else {"held_out": held_out}
+        self.checkpoints.save(self.progress.step, state, metrics)

@@ -137,7 +137,9 @@ def _check_identity(workdir: Path, identity: Mapping[str, str]):
     names = {"data": "text of data.source", "tokenizer": "tokenizer", "prompt_encoder": "prompt encoder"}
     changed = [name for key, name in names.items() if saved[key] != identity[key]]
     if changed:
+        # Weights can go on with other text, but not with other tokens or prompt states.
+        instead = f", or start a new run in another workdir with --config.train.init_from={workdir}"
         raise UserError(
             f"the {' and the '.join(changed)} changed since the run in --workdir={workdir} began: put back what "
-            f"was there, or start a new run in another workdir with --config.train.init_from={workdir}"
+            f"was there{instead if changed == [names['data']] else ''}"
         )

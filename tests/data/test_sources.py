@@ -86,26 +86,39 @@ def test_prepared_tfds_dataset_by_name(corpus_dir):
         source_of("tfds:vital_articles", corpus_dir, prompt_key="titel")
 
 
+class Sayings(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    word = "saying"
+
+    def _info(self):
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+
+    def _split_generators(self, dl_manager):
+        return {"train": ((i, {"text": f"{self.word} {i}"}) for i in range(300))}
+
+    def _generate_examples(self):
+        return iter(())
+
+
+def prepare_sayings(folder):
+    Sayings(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+
 def test_tfds_dataset_with_a_train_split_only_is_split_by_text(tmp_path):
-    class Sayings(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            return self.dataset_info_from_configs(
-                features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
-            )
-
-        def _split_generators(self, dl_manager):
-            return {"train": ((i, {"text": f"saying {i}"}) for i in range(300))}
-
-        def _generate_examples(self):
-            return iter(())
-
-    Sayings(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    prepare_sayings(tmp_path)
     splits = all_examples(source_of("tfds:sayings", tmp_path))
     assert sorted(e.text for part in splits.values() for e in part) == sorted(f"saying {i}" for i in range(300))
     assert len(splits["train"]) > 250 and splits["validation"] and splits["test"]
     assert splits["train"][0].prompts == ()
+
+
+def test_a_tfds_dataset_prepared_anew_from_other_texts_is_another(tmp_path, monkeypatch):
+    words = {"one": "saying", "same": "saying", "other": "said"}
+    for folder, word in words.items():
+        monkeypatch.setattr(Sayings, "word", word)
+        prepare_sayings(tmp_path / folder)
+    identity = {folder: source_of("tfds:sayings", tmp_path / folder).identity for folder in words}
+    assert identity["one"] == identity["same"] != identity["other"]
 
 
 def test_unknown_tfds_dataset(tmp_path):

@@ -117,6 +117,12 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tokenizer, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_preparation_left_is_removed(tokenizer, tmp_path):
+    (tmp_path / "incomplete-x/tokens/train").mkdir(parents=True)
+    prepare(texts(Example(SENTENCE)), tokenizer, tmp_path, block_size=16)
+    assert not list(tmp_path.glob("incomplete-*"))
+
+
 def test_large_vocabularies_are_not_cut_to_16_bits(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "__len__", lambda self: 2**16 + 1)
     train = prepare(texts(Example(SENTENCE)), tokenizer, tmp_path, block_size=16)["train"]

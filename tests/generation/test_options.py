@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from sunfish_jax.errors import UserError
@@ -44,8 +47,9 @@ def test_the_rest_is_one_line(values):
 
 def test_an_output_in_no_folder_or_that_is_one(tmp_path):
     SampleOptions(output=tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="is a folder"):
-        SampleOptions(output=tmp_path)
+    for no_file in (tmp_path, Path(os.devnull)):
+        with pytest.raises(UserError, match="is a folder or a device"):
+            SampleOptions(output=no_file)
     with pytest.raises(UserError, match="there is no folder"):
         SampleOptions(output=tmp_path / "nowhere" / "out.jsonl")
 

@@ -33,6 +33,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_one(tmp_path):
+    path, link = tmp_path / "out.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    for text in ("a", "b"):
+        with jsonl_writer(link) as write:
+            write({"text": text})
+    assert link.is_symlink() and json.loads(path.read_text()) == {"text": "b"}
+
+
 def test_where_nothing_can_be_written_is_known_at_once():
     with pytest.raises(UserError, match=r"/dev/null/out.jsonl cannot be written: .+; name another"):
         with jsonl_writer(Path("/dev/null/out.jsonl")):

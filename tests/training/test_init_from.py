@@ -1,5 +1,6 @@
 """Which run `train.init_from` names, and which runs it refuses."""
 
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 
 from configs import nano
 from sunfish_jax.errors import UserError
+from sunfish_jax.training import init_from
 from sunfish_jax.training.init_from import init_tokenizer, split_init_from
 from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.config import record_config
@@ -46,6 +48,18 @@ def test_what_does_not_change_the_meaning_of_weights_may_differ(saved):
     config.model.block_size = 32
     config.optimizer.learning_rate = 1e-5
     assert init_tokenizer(config) == saved / "tokenizer"
+
+
+def test_weights_for_other_prompt_states_are_refused(monkeypatch):
+    config = nano.get_config()
+    config.train.init_from = "saved"
+
+    def encoder(identity):
+        return types.SimpleNamespace(prompt_encoder=types.SimpleNamespace(identity=identity))
+
+    monkeypatch.setattr(init_from, "load_run", lambda workdir, checkpoint: encoder("gpt2 1"))
+    with pytest.raises(UserError, match="init_from=saved was trained with the prompt encoder 'gpt2 1'"):
+        init_from.init_state(None, config, encoder("gpt2 2").prompt_encoder)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The loop around the step: when things happen, what is reported, and how it ends."""
 
 import contextlib
+import errno
 import types
 
 import numpy as np
 import pytest
+from clu import asynclib
 from ml_collections import ConfigDict
 
 from sunfish_jax.errors import UserError
@@ -44,7 +46,7 @@ class Recorder:
     """Checkpoints, writer and stop request in one, which remember what happened."""
 
     def __init__(self, on_evaluate=None, on_sample=None):
-        self.saved, self.scalars, self.texts, self.flushed = {}, {}, {}, 0
+        self.saved, self.scalars, self.texts, self.flushed, self.told = {}, {}, {}, 0, []
         self.asked, self.on_evaluate, self.on_sample = False, on_evaluate, on_sample
 
     def __bool__(self):
@@ -53,7 +55,12 @@ class Recorder:
     def ask(self):
         self.asked = True
 
-    ask_without_output = ask
+    def ask_without_output(self, *streams):
+        assert streams == (1,)
+        self.asked = True
+
+    def tell(self, message):
+        self.told.append(message)
 
     def save(self, step, state, metrics):
         assert step == state
@@ -175,12 +182,12 @@ def test_cores_are_kept_awake_from_the_first_step_to_the_last(tmp_path, monkeypa
     assert events == ["compile", "awake", "step", "compile", "step", "asleep"]
 
 
-def test_stop_finishes_the_step_saves_it_and_says_how_to_resume(tmp_path, capsys):
+def test_stop_finishes_the_step_saves_it_and_says_how_to_resume(tmp_path):
     recorder = Recorder()
     state = make_loop(tmp_path, recorder).run(0, FakeStep(after={6: recorder.ask}), endless())
     assert state == 6 and list(recorder.saved) == [4, 6]
     assert list(recorder.texts) == [3]  # not at step 6: whoever stops a run waits for it to end
-    assert "stopped at step 6 of 10" in capsys.readouterr().out
+    assert len(recorder.told) == 1 and recorder.told[0].startswith(f"stopped at step 6 of 10, saved in {tmp_path}")
     assert load_totals(tmp_path, 6, 10).real_tokens == 30
 
 
@@ -194,6 +201,40 @@ def test_output_that_nobody_reads_any_more_stops_it_saved(tmp_path, monkeypatch)
     recorder = Recorder()
     assert make_loop(tmp_path, recorder).run(0, FakeStep({}), endless()) == 5
     assert recorder.asked and max(recorder.saved) == 5
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), asynclib.AsyncError("write")])
+def test_figures_that_cannot_be_written_end_it_saved(tmp_path, error):
+    def fail():
+        raise error
+
+    recorder = Recorder()
+    recorder.flush = fail
+    with pytest.raises(type(error)):
+        make_loop(tmp_path, recorder, first_step=4).run(4, FakeStep(), endless())
+    assert recorder.saved == {5: None}
+
+
+def test_errors_of_the_writers_are_told_by_what_they_came_from(tmp_path):
+    def fail(cause):
+        raise asynclib.AsyncError("write") from cause
+
+    with pytest.raises(UserError, match=f"{tmp_path}: disk gone"), loop._writing_to(tmp_path):
+        try:
+            fail(OSError("disk gone"))
+        except asynclib.AsyncError as first:
+            fail(first)
+
+
+def test_there_are_totals_for_every_checkpoint(tmp_path):
+    recorder, missing = Recorder(), []
+
+    def save(step, state, metrics):
+        missing.extend([step] * (load_totals(tmp_path, step, 10).real_tokens == 0))
+
+    recorder.save = save
+    make_loop(tmp_path, recorder).run(0, FakeStep(), endless())
+    assert missing == []
 
 
 def test_stop_in_the_last_step_says_what_is_missing(tmp_path, capsys):
@@ -224,7 +265,9 @@ def test_stop_before_the_first_step_saves_nothing(tmp_path):
     recorder = Recorder()
     recorder.ask()
     assert make_loop(tmp_path, recorder, first_step=4).run(4, FakeStep(), endless()) == 4
-    assert not recorder.saved
+    assert not recorder.saved and "stopped at step 4 of 10, saved in" in recorder.told.pop()
+    make_loop(tmp_path, recorder).run(0, FakeStep(), endless())
+    assert not recorder.saved and recorder.told == ["stopped before the first step: there was nothing to save"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -106,8 +106,10 @@ def test_token_counts_are_those_of_the_training_text(prepared):
 def test_run_does_not_go_on_with_what_changed(config, prepared, tmp_path, key, words):
     begin_workdir(tmp_path, config, prepared)
     (tmp_path / IDENTITY_FILE).write_text(json.dumps({**prepared.identity, key: "another"}))
-    with pytest.raises(UserError, match=f"the {words} changed since the run"):
+    with pytest.raises(UserError, match=f"the {words} changed since the run") as error:
         prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
+    # What would be refused as well is not advised.
+    assert ("train.init_from" in str(error.value)) == (key == "data")
     assert not (tmp_path / DATA_FOLDER).exists()
 
 
