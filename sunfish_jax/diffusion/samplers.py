@@ -52,17 +52,6 @@ class Known:
     mask: jax.Array
 
 
-@flax.struct.dataclass
-class Sample:
-    """What was sampled.
-
-    Attributes:
-      tokens: [B, S] int32.
-    """
-
-    tokens: jax.Array
-
-
 def make_steps(schedule: Schedule, num_steps: int, scheduler: str) -> Steps:
     """Tabulates a sampler, at quantiles from 1 - 1e-3 down to 1e-3 in equal steps.
 
@@ -117,14 +106,14 @@ def sample(
     embedding_table: jax.Array,
     steps: Steps,
     *,
-    key: jax.Array,
-    shape: tuple[int, int],
+    keys: jax.Array,
+    length: int,
     compute_dtype: jnp.dtype = jnp.float32,
     temperature: float | jax.Array = 1.0,
     known: Known | None = None,
     kept: Any = None,
     step_callback: Callable[[int], None] | None = None,
-) -> Sample:
+) -> jax.Array:
     """Samples rows of tokens; to be called under `jax.jit`, with `steps` among the arguments.
 
     The steps are a `lax.scan`, so any number of them compiles one network. The network's last estimate is
@@ -134,9 +123,8 @@ def sample(
       denoise: the network, with its prompt and the known mask closed over.
       embedding_table: [V, D] embeddings of norm sqrt(D).
       steps: what `make_steps` tabulated.
-      key: a random key, from which row r takes `fold_in(key, r)`, or [B] keys, one for each row. Either way
-        a row's noise does not depend on the rows beside it.
-      shape: (B, S), rows and their length in tokens.
+      keys: [B] random keys, one for each row, whose noise does not depend on the rows beside it.
+      length: S, the tokens of a row.
       compute_dtype: what the product with the embeddings is computed in.
       temperature: divides the logits; under 1 the estimates are drawn towards the likeliest tokens.
       known: tokens that are given: clean in every pass, and returned as they are.
@@ -145,14 +133,13 @@ def sample(
         `jax.effects_barrier()`.
 
     Returns:
-      The likeliest tokens of the last pass.
+      [B, S] int32, the likeliest tokens of the last pass.
     """
-    num_rows, length = shape
-    embedding_dim = embedding_table.shape[1]
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows)) if key.ndim == 0 else key
+    num_rows, embedding_dim = len(keys), embedding_table.shape[1]
+    shape = (num_rows, length)
 
     def noise_of_pass(i: jax.Array | int) -> jax.Array:
-        pass_keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, i)
+        pass_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         return jax.vmap(lambda pass_key: jax.random.normal(pass_key, (length, embedding_dim)))(pass_keys)
 
     def with_known(values: jax.Array, given: jax.Array) -> jax.Array:
@@ -184,4 +171,4 @@ def sample(
 
     start = (noise_of_pass(0), jnp.zeros((*shape, embedding_dim)), jnp.zeros(shape, jnp.int32), kept)
     (_, _, tokens, _), _ = jax.lax.scan(step, start, (jnp.arange(num_steps), steps))
-    return Sample(tokens if known is None else with_known(tokens, known.tokens))
+    return tokens if known is None else with_known(tokens, known.tokens)

@@ -210,11 +210,11 @@ def _generate(
         denoise,
         vocabulary.embeddings,
         steps,
-        key=keys,
-        shape=(batch, seq_len),
+        keys=keys,
+        length=seq_len,
         compute_dtype=model.dtype,
         temperature=temperature,
         known=constraint and constraint.known,
         kept=kept,
         step_callback=counter,
-    ).tokens
+    )
