@@ -103,12 +103,11 @@ def evaluate(
     }
     print(f"step {progress.step}, {split} text", flush=True)
     with report.section("held-out cross-entropy") as result:
-        result["held_out"] = subject.held_out(
-            TextRows.of(texts, config.eval.num_rows, config, subject.prompt_encoder)
-        )
+        held_out = TextRows.of(texts, config.eval.num_rows, config, subject.prompt_encoder)
+        result["held_out"] = subject.held_out(held_out)
     scored = likelihood_texts(splits, split, config, subject.prompt_encoder)
     with report.section("gaps") as result:
-        result["infill_accuracy"] = infill_figures(subject, scored["with prompt"].rows)
+        result["infill_accuracy"] = infill_figures(subject, held_out.rows)
     with report.section(subject.likelihood_name) as result:
         result["bits_per_byte"] = likelihood_figures(subject, scored)
     if num_samples:

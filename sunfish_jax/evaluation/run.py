@@ -28,8 +28,6 @@ from sunfish_jax.models.prompt_encoder import PromptEncoder, encode_prompts
 from sunfish_jax.workdir.progress import Progress, load_totals
 from sunfish_jax.workdir.run import DATA_FOLDER, Run, load_run
 
-# Gaps are compared with what stood there: a likely token is asked for, not one of many.
-_INFILL_STEPS, _INFILL_TEMPERATURE = 16, 0.1
 # What is only there to compare with gets so many times fewer draws.
 _FEWER_DRAWS = 4
 
@@ -82,6 +80,7 @@ class Denoiser:
     run: Run
     settings: Settings
     likelihood_name = "bound on the likelihood"
+    filling = "the likeliest token of each position, in one pass"
 
     @property
     def workdir(self) -> Path:
@@ -107,16 +106,6 @@ class Denoiser:
     def progress(self) -> Progress:
         return load_totals(self.run.workdir, self.run.step, self.run.step)
 
-    @functools.cached_property
-    def _fill_settings(self) -> Settings:
-        steps = min(self.settings.num_steps, _INFILL_STEPS)
-        return dataclasses.replace(self.settings, num_steps=steps, temperature=_INFILL_TEMPERATURE)
-
-    @property
-    def filling(self) -> str:
-        settings = self._fill_settings
-        return f"{settings.scheduler}, {settings.num_steps} steps, temperature {settings.temperature:g}"
-
     def held_out(self, text: TextRows) -> dict[str, float]:
         """The cross-entropy on the grid of noise levels."""
         run = self.run
@@ -133,12 +122,15 @@ class Denoiser:
         return bits_per_byte(run.model, run.params, run.schedule, text, num_draws=draws)
 
     def fill(self, known: Known, prompt: Prompt, keys: jax.Array) -> np.ndarray:
-        """As in --mode=infill: words in gaps, nothing behind the end."""
+        """As in --mode=infill, words in gaps and nothing behind the end, but the likeliest ones, by one pass.
+
+        In more of them the noise would choose among likely ones, and these are compared with what stood there.
+        """
         run, length = self.run, known.tokens.shape[1]
         before_end = np.flip(np.logical_or.accumulate(np.flip(known.mask, axis=-1), axis=-1), axis=-1)
         allowed = allowed_tokens(run.tokenizer, run.model.vocab_size)
         constraint = Constraint(known, np.where(before_end, ANY, PADDING), allowed)
-        settings = self._fill_settings
+        settings = self.settings.with_steps(1)
         return generate(run.model, run.params, run.schedule, prompt, keys, length, settings, constraint=constraint)
 
     def write(self, prompts: Sequence[str | None], length: int) -> list[str]:
