@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     diffusion.self_conditioning_every = 4
     # Share of rows whose prompt is replaced by the learned null prompt.
     diffusion.conditioning_dropout = 0.1
-    # Share of rows in which some spans are given clean, as in infilling.
+    # Share of rows in which some spans are given clean, as in infilling, and the others noised more.
     diffusion.infill_fraction = 0.25
 
     config.optimizer = optimizer = ConfigDict()

@@ -104,6 +104,13 @@ def targets(lengths: jax.Array, known_mask: jax.Array) -> jax.Array:
     return (jnp.arange(known_mask.shape[-1]) < used) & ~known_mask
 
 
+def have_given(batch: PackedBatch) -> jax.Array:
+    """Which rows have given tokens, [A, P, b] bool."""
+    lengths = batch.lengths.reshape(-1, batch.lengths.shape[-1])
+    rows = PackedRows.in_packs(lengths, batch.known_mask.shape[-1], batch.longest)
+    return (rows.sums(batch.known_mask.reshape(-1, 1).astype(jnp.float32)) > 0).reshape(batch.lengths.shape)
+
+
 def device_gradients(
     model: TextDenoiser,
     config: ConfigDict,

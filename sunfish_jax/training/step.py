@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import PackedBatch
-from sunfish_jax.diffusion.process import stratified_uniforms
+from sunfish_jax.diffusion.process import quantiles_beside_given, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule, fit_schedule
 from sunfish_jax.models.denoiser import TextDenoiser, compute_params
 from sunfish_jax.ops.eigen import compiler_options
-from sunfish_jax.training.passes import device_gradients, targets
+from sunfish_jax.training.passes import device_gradients, have_given, targets
 from sunfish_jax.training.sharding import DATA_AXIS, batch_sharding, state_shardings
 from sunfish_jax.training.state import (
     TrainState,
@@ -130,7 +130,8 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
     def batch_gradients(state: TrainState, batch: PackedBatch) -> BatchGradients:
         gamma_key, *pack_keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
         shape = batch.lengths.shape
-        gamma = state.schedule.gamma(stratified_uniforms(gamma_key, math.prod(shape))).reshape(shape)
+        uniforms, given = stratified_uniforms(gamma_key, math.prod(shape)).reshape(shape), have_given(batch)
+        gamma = state.schedule.gamma(jnp.where(given, quantiles_beside_given(uniforms), uniforms))
         num_targets = jnp.maximum(1, jnp.sum(targets(batch.lengths, batch.known_mask))).astype(jnp.float32)
         narrow = compute_params(state.params, model.dtype)
         vocabulary, to_params = jax.vjp(vocabulary_of, state.params)
@@ -143,7 +144,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
 
         losses, num_predicted = of_rows.reshape(-1, 2).T
         # Rows with given tokens are easier at the same gamma: the schedule describes the others.
-        plain = (num_predicted == batch.lengths.ravel()) & (num_predicted > 0)
+        plain = ~given.ravel() & (num_predicted > 0)
         mean_losses = losses / jnp.maximum(1, num_predicted)
         schedule, schedule_opt_state = fit_schedule(
             state.schedule,

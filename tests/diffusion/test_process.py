@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sunfish_jax.diffusion import process
 
@@ -66,6 +67,14 @@ def test_stratified_uniforms_put_one_draw_in_each_stratum_in_random_order():
     assert len(np.unique(np.floor(draws[:, 0] * 32))) > 15
     assert not np.any(np.all(np.diff(draws, axis=1) % 1 < 0.05, axis=1))
     np.testing.assert_array_equal(process.stratified_uniforms(jax.random.key(3), 32), draws[3])
+
+
+def test_rows_with_given_tokens_are_noised_more():
+    draws = process.quantiles_beside_given(jnp.linspace(1e-5, 1 - 1e-5, 10_000))
+    for quantile in (0.5, 0.9, 0.99):
+        # P(u^(1/8) < q) = q^8
+        assert np.mean(draws < quantile) == pytest.approx(quantile**8, abs=1e-3)
+    assert draws.max() == np.float32(1 - 1e-5)
 
 
 def test_stratified_uniforms_are_clipped_away_from_the_ends():

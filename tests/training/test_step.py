@@ -10,11 +10,11 @@ from encoders import FrozenEncoder
 
 from configs import nano
 from sunfish_jax.data.batches import PackedBatch
-from sunfish_jax.diffusion.process import stratified_uniforms
+from sunfish_jax.diffusion.process import quantiles_beside_given, stratified_uniforms
 from sunfish_jax.diffusion.self_conditioning import first_estimates, self_conditioned_packs
 from sunfish_jax.models.denoiser import compute_params, make_model
 from sunfish_jax.models.prompt import Prompt
-from sunfish_jax.training.passes import DrawnPacks, draw_packs, estimates, pass_loss, targets
+from sunfish_jax.training.passes import DrawnPacks, draw_packs, estimates, have_given, pass_loss, targets
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import create_state, learning_rate_schedule
 from sunfish_jax.training.step import BatchGradients, TrainStep, ema_decay, make_train_step
@@ -294,6 +294,15 @@ def test_targets_are_the_positions_of_rows_that_are_not_given():
         np.testing.assert_array_equal(predicted[index], expected)
 
 
+def test_which_rows_have_given_tokens():
+    batch = jax.tree.map(jnp.asarray, random_batch(1, 40))
+    expected = [
+        [batch.known_mask[0, pack, span].any() for span in spans(batch.lengths[0, pack])] for pack in range(40)
+    ]
+    np.testing.assert_array_equal(have_given(batch)[0], expected)
+    assert 0.2 < np.mean(expected) < 0.8
+
+
 def test_what_lies_behind_the_rows_changes_nothing(step, new_state):
     state, batch = moved(new_state()), random_batch()
     behind = ~batch.padding_mask
@@ -385,7 +394,8 @@ def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, step, new_st
     @jax.value_and_grad
     def loss(params, state, batch):
         gamma_key, *keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
-        gamma = state.schedule.gamma(stratified_uniforms(gamma_key, 8 * ROWS)).reshape(2, 4, ROWS)
+        uniforms = stratified_uniforms(gamma_key, 8 * ROWS).reshape(2, 4, ROWS)
+        gamma = state.schedule.gamma(jnp.where(have_given(batch), quantiles_beside_given(uniforms), uniforms))
         numbers = jnp.arange(8).reshape(2, 4)
         packs = draw_packs(batch, gamma, keys, numbers, config.diffusion.conditioning_dropout)
         vocabulary = vocabulary_of(model, params)
