@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.padded_rows import PaddedBatch
-from sunfish_jax.diffusion.process import diffuse, posterior_scale, stratified_uniforms
+from sunfish_jax.diffusion.process import diffuse, noise_quantiles, posterior_scale, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.diffusion.self_conditioning import first_estimates, self_conditioned_packs
 from sunfish_jax.models.denoiser import TABLES, PromptKeysValues, TextDenoiser
@@ -352,7 +352,8 @@ def make_plain_step(config: ConfigDict, plain: PlainDenoiser, mesh: Mesh, schedu
     def step(state: PlainState, batch: PaddedBatch):
         shape = batch.tokens.shape[:2]
         gamma_key, noise_key, dropout_key, prompt_key = jax.random.split(jax.random.fold_in(key, state.step), 4)
-        gamma = schedule.gamma(stratified_uniforms(gamma_key, shape[0] * shape[1])).reshape(shape)
+        uniforms = stratified_uniforms(gamma_key, shape[0] * shape[1]).reshape(shape)
+        gamma = schedule.gamma(noise_quantiles(uniforms, batch.known_mask.any(axis=-1)))
         noise = jax.random.normal(noise_key, (*batch.tokens.shape, plain.embedding_dim))
         rows = NoisyRows(batch.tokens, batch.known_mask, gamma, noise)
         dropped = jax.random.uniform(prompt_key, shape) < diffusion.conditioning_dropout

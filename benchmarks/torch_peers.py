@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from torch_process import TorchProcess
 
 from sunfish_jax.data.padded_rows import PaddedBatch
-from sunfish_jax.diffusion.process import stratified_uniforms
+from sunfish_jax.diffusion.process import noise_quantiles, stratified_uniforms
 from sunfish_jax.diffusion.samplers import Steps
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.models.denoiser import TextDenoiser
@@ -82,11 +82,12 @@ class TwinSteps:
         if name not in self._sent:
             self._sent.add(name)
             shape = batch.tokens.shape[:2]
-            uniforms = stratified_uniforms(self._key, shape[0] * shape[1])
+            uniforms = stratified_uniforms(self._key, shape[0] * shape[1]).reshape(shape)
+            quantiles = noise_quantiles(uniforms, batch.known_mask.any(axis=-1))
             arrays = {
                 "tokens": batch.tokens,
                 "known_mask": batch.known_mask,
-                "gamma": np.asarray(self._schedule.gamma(uniforms)).reshape(shape),
+                "gamma": np.asarray(self._schedule.gamma(quantiles)),
                 "prompt_inputs": batch.prompt.inputs,
                 "prompt_mask": batch.prompt.mask,
             }

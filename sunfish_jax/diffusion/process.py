@@ -80,13 +80,14 @@ def stratified_uniforms(key: jax.Array, n: int) -> jax.Array:
     return jnp.clip(jax.random.permutation(order_key, u), QUANTILE_MARGIN, 1.0 - QUANTILE_MARGIN)
 
 
-def quantiles_beside_given(uniforms: jax.Array) -> jax.Array:
-    """Quantiles of the schedule for rows with given tokens: more noise, density 8 u^7.
+def noise_quantiles(uniforms: jax.Array, given: jax.Array) -> jax.Array:
+    """The quantile of the schedule that each row's noise level is at: more noise where something is given.
 
     Args:
-      uniforms: draws as for other rows, of any shape.
+      uniforms: draws of `stratified_uniforms`, of any shape.
+      given: bool, True for rows with given tokens.
 
     Returns:
-      u^(1/8), no nearer to 1 than other draws.
+      u, and u^(1/8), whose density is 8 u^7, for rows with given tokens; no nearer to 1 than `uniforms` come.
     """
-    return jnp.minimum(uniforms**_GIVEN_POWER, 1.0 - QUANTILE_MARGIN)
+    return jnp.where(given, jnp.minimum(uniforms**_GIVEN_POWER, 1.0 - QUANTILE_MARGIN), uniforms)

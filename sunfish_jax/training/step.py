@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import PackedBatch
-from sunfish_jax.diffusion.process import quantiles_beside_given, stratified_uniforms
+from sunfish_jax.diffusion.process import noise_quantiles, stratified_uniforms
 from sunfish_jax.diffusion.schedules import Schedule, fit_schedule
 from sunfish_jax.models.denoiser import TextDenoiser, compute_params
 from sunfish_jax.ops.eigen import compiler_options
@@ -131,7 +131,7 @@ def make_train_step(config: ConfigDict, model: TextDenoiser, mesh: Mesh) -> Trai
         gamma_key, *pack_keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
         shape = batch.lengths.shape
         uniforms, given = stratified_uniforms(gamma_key, math.prod(shape)).reshape(shape), have_given(batch)
-        gamma = state.schedule.gamma(jnp.where(given, quantiles_beside_given(uniforms), uniforms))
+        gamma = state.schedule.gamma(noise_quantiles(uniforms, given))
         num_targets = jnp.maximum(1, jnp.sum(targets(batch.lengths, batch.known_mask))).astype(jnp.float32)
         narrow = compute_params(state.params, model.dtype)
         vocabulary, to_params = jax.vjp(vocabulary_of, state.params)

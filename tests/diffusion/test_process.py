@@ -70,7 +70,9 @@ def test_stratified_uniforms_put_one_draw_in_each_stratum_in_random_order():
 
 
 def test_rows_with_given_tokens_are_noised_more():
-    draws = process.quantiles_beside_given(jnp.linspace(1e-5, 1 - 1e-5, 10_000))
+    uniforms = jnp.linspace(1e-5, 1 - 1e-5, 10_000)
+    np.testing.assert_array_equal(process.noise_quantiles(uniforms, jnp.zeros(10_000, bool)), uniforms)
+    draws = process.noise_quantiles(uniforms, jnp.ones(10_000, bool))
     for quantile in (0.5, 0.9, 0.99):
         # P(u^(1/8) < q) = q^8
         assert np.mean(draws < quantile) == pytest.approx(quantile**8, abs=1e-3)

@@ -10,7 +10,7 @@ from encoders import FrozenEncoder
 
 from configs import nano
 from sunfish_jax.data.batches import PackedBatch
-from sunfish_jax.diffusion.process import quantiles_beside_given, stratified_uniforms
+from sunfish_jax.diffusion.process import noise_quantiles, stratified_uniforms
 from sunfish_jax.diffusion.self_conditioning import first_estimates, self_conditioned_packs
 from sunfish_jax.models.denoiser import compute_params, make_model
 from sunfish_jax.models.prompt import Prompt
@@ -395,7 +395,7 @@ def test_the_steps_gradient_is_that_of_the_mean_loss(config, model, step, new_st
     def loss(params, state, batch):
         gamma_key, *keys = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
         uniforms = stratified_uniforms(gamma_key, 8 * ROWS).reshape(2, 4, ROWS)
-        gamma = state.schedule.gamma(jnp.where(have_given(batch), quantiles_beside_given(uniforms), uniforms))
+        gamma = state.schedule.gamma(noise_quantiles(uniforms, have_given(batch)))
         numbers = jnp.arange(8).reshape(2, 4)
         packs = draw_packs(batch, gamma, keys, numbers, config.diffusion.conditioning_dropout)
         vocabulary = vocabulary_of(model, params)
