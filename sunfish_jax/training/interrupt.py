@@ -1,13 +1,18 @@
 """Stopping a run from outside without losing work: Ctrl-C, SIGTERM, and a terminal that closes."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
+import time
 
 # A closed terminal sends SIGHUP, unless the process was told to ignore it (`nohup`). Windows has none.
 _HANG_UP = getattr(signal, "SIGHUP", None)
+# A signal so soon after another is the same one: a terminal sends it to all of its processes, and `uv run`, where
+# it takes itself for the only one that got it, passes it on.
+_SECONDS_OF_ONE_SIGNAL = 0.3
 
 
 class StopRequest:
@@ -59,15 +64,19 @@ class StopRequest:
         self._thread.join()
 
     def _watch(self, read_end: int):
+        asked_at = -math.inf
         while number := os.read(read_end, 1):
             if number[0] not in self._numbers:
                 continue
             if number[0] == _HANG_UP:
                 self.ask_without_output(1, 2)
                 continue
+            if time.monotonic() - asked_at < _SECONDS_OF_ONE_SIGNAL:
+                continue
             if self._asked.is_set():
                 self.tell("\nended at once, without saving")
                 os._exit(128 + number[0])
             self._asked.set()
+            asked_at = time.monotonic()
             self.tell("\nstopping after this step (once more: end at once, without saving)")
         os.close(read_end)
