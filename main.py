@@ -231,11 +231,8 @@ def main(argv: list[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PermissionError as error:
-        fail(
-            UserError(
-                f"{error.filename or 'a file'} may not be opened ({error.strerror}): name another, or ask its owner"
-            )
-        )
+        name = error.filename or "a file"
+        fail(UserError(f"{name} may not be opened ({error.strerror}): name another, or ask its owner"))
     except Exception as error:
         problem = disk_problem(error)
         if problem is None:

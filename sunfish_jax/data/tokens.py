@@ -106,9 +106,6 @@ def prepare(
     folder = directory / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     if not folder.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        # What a killed process left half written.
-        for left in directory.glob(f"{_INCOMPLETE}*"):
-            shutil.rmtree(left, ignore_errors=True)
         # Only a finished folder gets its real name: half a corpus is never taken for one.
         with unfinished(Path(tempfile.mkdtemp(dir=directory, prefix=_INCOMPLETE))) as temporary:
             for split in SPLITS:
@@ -123,6 +120,12 @@ def prepare(
                 f"({splits['train'].num_rows} rows of training text); give more text in data.source"
             )
     return splits
+
+
+def remove_incomplete(directory: Path) -> None:
+    """Removes what killed processes left half written; for one that is alone at `directory`."""
+    for left in directory.glob(f"{_INCOMPLETE}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 # Tokens on their way to disk, [n], and the UTF-8 bytes that each of them stands for, [n].

@@ -60,7 +60,7 @@ def jsonl_writer(path: Path | None) -> Iterator[Callable[[dict], None]]:
         yield lambda record: None
         return
     # What a link leads to is written, and the link stays.
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     try:
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(None, "permission denied")

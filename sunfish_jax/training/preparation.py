@@ -14,7 +14,7 @@ from sunfish_jax.data.batches import BatchSource
 from sunfish_jax.data.buckets import choose_buckets
 from sunfish_jax.data.sources import Source, open_source
 from sunfish_jax.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
-from sunfish_jax.data.tokens import TokenizedSplit, prepare
+from sunfish_jax.data.tokens import TokenizedSplit, prepare, remove_incomplete
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser, make_model
 from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
@@ -89,6 +89,7 @@ def prepare_run(
     # Before a corpus is tokenized, which may take minutes.
     if resuming:
         _check_identity(workdir, identity)
+    remove_incomplete(data_dir)
     splits = prepare(source, tokenizer, data_dir, block_size=config.model.block_size)
     train = splits["train"]
     print(

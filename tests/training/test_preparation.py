@@ -48,6 +48,13 @@ def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path)
     np.testing.assert_array_equal(batch.prompt.inputs, same.prompt.inputs)
 
 
+def test_what_a_killed_preparation_left_is_removed(config, tmp_path):
+    left = tmp_path / DATA_FOLDER / "incomplete-x/tokens"
+    left.mkdir(parents=True)
+    prepare_run(config, tmp_path, tokenizer_path=None)
+    assert not left.parent.exists()
+
+
 def test_prompts_of_training_are_encoded_once(config, tmp_path, monkeypatch):
     prepared = prepare_run(config, tmp_path, tokenizer_path=None)
     monkeypatch.setattr(prompt_table, "_BYTES_LEFT_FREE", 0)
