@@ -303,6 +303,14 @@ def test_which_rows_have_given_tokens():
     assert 0.2 < np.mean(expected) < 0.8
 
 
+def test_the_schedule_is_fitted_to_rows_in_which_nothing_is_given(step, new_state):
+    state, batch = moved(new_state()), random_batch()
+    every_other = np.broadcast_to(np.arange(SIZE) % 2 == 0, batch.known_mask.shape)
+    for known, moves in ((every_other, False), (np.zeros_like(every_other), True)):
+        fitted = step.gradients(state, batch.replace(known_mask=known)).schedule
+        assert (float(fitted.mu) != float(state.schedule.mu)) == moves
+
+
 def test_what_lies_behind_the_rows_changes_nothing(step, new_state):
     state, batch = moved(new_state()), random_batch()
     behind = ~batch.padding_mask
