@@ -11,6 +11,7 @@ from ar_likelihood import score
 from ar_training import Twin, open_twin
 from ml_collections import ConfigDict
 
+from sunfish_jax.cache import data_folder
 from sunfish_jax.data.sources import open_source
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.evaluation.bound import BitsPerByte
@@ -23,7 +24,6 @@ from sunfish_jax.generation.output import decode, jsonl_writer, provenance
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import PromptEncoder, encode_prompts
 from sunfish_jax.workdir.progress import Progress
-from sunfish_jax.workdir.run import DATA_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +159,6 @@ def write_samples(twin: Twin, options: SampleOptions, temperature: float) -> Non
 def run(workdir: Path, split: str, eval_samples: int, options: SampleOptions, temperature: float) -> None:
     """Evaluates the best checkpoint of the twin in `workdir`, and samples from it."""
     twin = open_twin(workdir)
-    source = open_source(twin.config.data, workdir / DATA_FOLDER)
+    source = open_source(twin.config.data, data_folder())
     evaluate(TwinSubject(twin, temperature), source, twin.prepared.splits, split, eval_samples)
     write_samples(twin, options, temperature)

@@ -14,7 +14,7 @@ from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.data.tokens import prepare
 from sunfish_jax.training.preparation import Prepared, prepare_run
 from sunfish_jax.training.sharding import make_mesh
-from sunfish_jax.workdir.run import DATA_FOLDER, TOKENIZER_FOLDER
+from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 
 
 def run(name: str, config: ConfigDict, workdir: Path, repeats: int, batches: int) -> None:
@@ -45,11 +45,11 @@ def run(name: str, config: ConfigDict, workdir: Path, repeats: int, batches: int
 
 def prepare_corpus(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Trains and saves a tokenizer and writes the tokens; returns the seconds that each took."""
-    source = open_source(config.data, workdir / DATA_FOLDER)
+    source = open_source(config.data, workdir / "data")
     began = time.perf_counter()
     tokenizer = train_tokenizer((example.text for example in source.examples("train")), config.tokenizer.vocab_size)
     trained = time.perf_counter()
-    splits = prepare(source, tokenizer, workdir / DATA_FOLDER, block_size=config.model.block_size)
+    splits = prepare(source, tokenizer, workdir / "data", block_size=config.model.block_size)
     written = time.perf_counter()
     tokenizer.save_pretrained(workdir / TOKENIZER_FOLDER)
     print(

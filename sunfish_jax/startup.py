@@ -4,8 +4,8 @@ import gc
 import os
 import signal
 import threading
-from pathlib import Path
 
+from sunfish_jax.cache import cache_folder
 from sunfish_jax.ops.allocator import restart_with_huge_pages
 from sunfish_jax.unfinished import remove_unfinished
 
@@ -26,10 +26,9 @@ def prepare_process(num_cpu_devices: int = 1) -> None:
 
     # Compiled steps are kept from run to run: a later start is shorter by half a minute a program.
     if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # What is compiled is divided among the cores there are, and JAX's keys do not tell their number.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "sunfish_jax" / f"jax-{cores}-cores"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"jax-{cores}-cores"))
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
 
 

@@ -1,4 +1,4 @@
-"""What is set before anything starts JAX's backend: how and where tests compile, and two host devices."""
+"""What is set before anything starts JAX's backend: where tests compile and prepare text, and two host devices."""
 
 import os
 import tempfile
@@ -7,6 +7,7 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="sunfish_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_cache.name, "programs")
+    os.environ["XDG_CACHE_HOME"] = _cache.name
     # Set in many containers: every process would then compile the sources of JAX and transformers, for seconds.
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(_cache.name, "bytecode")

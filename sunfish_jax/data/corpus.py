@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sunfish_jax.data.examples import Example, file_digest
+from sunfish_jax.data.kept import made_once
 from sunfish_jax.data.prompts import article_prompts
 from sunfish_jax.errors import UserError
 
@@ -38,9 +39,9 @@ class DefaultCorpus:
 
     def examples(self, split: str) -> Iterator[Example]:
         # TFDS takes 0.7 s to import, which a run whose text is tokenized already need not wait for.
-        from sunfish_jax.data.vital_articles import article_rows
+        from sunfish_jax.data.vital_articles import article_rows, prepare_articles
 
-        for row in article_rows(self._data_dir, split):
+        for row in article_rows(made_once(self._data_dir / NAME, self.identity, prepare_articles), split):
             title, description, topic, text = (
                 row[key].decode() for key in ("title", "description", "topic", "text")
             )

@@ -3,9 +3,6 @@
 import array
 import dataclasses
 import functools
-import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +12,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from sunfish_jax.data.examples import Example
+from sunfish_jax.data.kept import made_once
 from sunfish_jax.data.sources import SPLITS, Source
 from sunfish_jax.data.tokenizer import tokenizer_identity
 from sunfish_jax.errors import UserError
-from sunfish_jax.unfinished import unfinished
 
+# To be changed with what is made of the same text and tokenizer: what was made before would be found.
 _FORMAT = "1"
-_INCOMPLETE = "incomplete-"
 # Texts tokenized together: no more than this, and no more once they have this many characters, each of which takes
 # about 30 bytes until its tokens are written.
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 2**21
@@ -103,15 +100,12 @@ def prepare(
       UserError: no text for training, or none held out.
     """
     key = f"{_FORMAT}|{source.identity}|{tokenizer_identity(tokenizer)}|{block_size}"
-    folder = directory / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-    if not folder.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        # Only a finished folder gets its real name: half a corpus is never taken for one.
-        with unfinished(Path(tempfile.mkdtemp(dir=directory, prefix=_INCOMPLETE))) as temporary:
-            for split in SPLITS:
-                _write_split(source, split, tokenizer, temporary / "tokens" / split, block_size)
-            if not folder.exists():
-                (temporary / "tokens").rename(folder)
+
+    def write(folder):
+        for split in SPLITS:
+            _write_split(source, split, tokenizer, folder / split, block_size)
+
+    folder = made_once(directory, key, write)
     splits = {split: _open_split(folder / split, tokenizer) for split in SPLITS}
     for split in ("train", "validation"):
         if not splits[split].num_rows:
@@ -120,12 +114,6 @@ def prepare(
                 f"({splits['train'].num_rows} rows of training text); give more text in data.source"
             )
     return splits
-
-
-def remove_incomplete(directory: Path) -> None:
-    """Removes what killed processes left half written; for one that is alone at `directory`."""
-    for left in directory.glob(f"{_INCOMPLETE}*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 # Tokens on their way to disk, [n], and the UTF-8 bytes that each of them stands for, [n].

@@ -11,12 +11,20 @@ from sunfish_jax.data.examples import split_of, uniform_hash
 from sunfish_jax.data.tfds_source import quiet
 
 
-def article_rows(data_dir: Path, split: str) -> Sequence[dict[str, bytes]]:
-    """The articles of a split, from what is prepared under `data_dir`, with a progress bar, if it is not yet."""
+def prepare_articles(folder: Path) -> None:
+    """Prepares the dataset in a folder, with a progress bar."""
     with quiet():
-        builder = VitalArticles(data_dir=str(data_dir), file_format="array_record")
-        builder.download_and_prepare()
-        return builder.as_data_source(split)
+        _builder(folder).download_and_prepare()
+
+
+def article_rows(folder: Path, split: str) -> Sequence[dict[str, bytes]]:
+    """The articles of a split, from a folder in which they are prepared."""
+    with quiet():
+        return _builder(folder).as_data_source(split)
+
+
+def _builder(folder: Path) -> tfds.core.DatasetBuilder:
+    return VitalArticles(data_dir=str(folder), file_format="array_record")
 
 
 class VitalArticles(tfds.core.GeneratorBasedBuilder):

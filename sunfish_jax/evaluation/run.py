@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from sunfish_jax.cache import data_folder
 from sunfish_jax.data.sources import Source, open_source
 from sunfish_jax.data.tokens import prepare
 from sunfish_jax.diffusion.process import HELD_OUT_SNRS
@@ -26,7 +27,7 @@ from sunfish_jax.generation.sample import sample_texts
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.models.prompt_encoder import PromptEncoder, encode_prompts
 from sunfish_jax.workdir.progress import Progress, load_totals
-from sunfish_jax.workdir.run import DATA_FOLDER, Run, load_run
+from sunfish_jax.workdir.run import Run, load_run
 
 # What is only there to compare with gets so many times fewer draws.
 _FEWER_DRAWS = 4
@@ -46,14 +47,14 @@ def run(workdir: Path, checkpoint: str, split: str, num_samples: int) -> dict:
     """
     run = load_run(workdir, checkpoint)
     source = source_of(run)
-    splits = prepare(source, run.tokenizer, workdir / DATA_FOLDER, block_size=run.config.model.block_size)
+    splits = prepare(source, run.tokenizer, data_folder(), block_size=run.config.model.block_size)
     return evaluate(Denoiser(run, Settings.make(run.config.sampling)), source, splits, split, num_samples)
 
 
 def source_of(run: Run) -> Source:
     """The corpus that a run was trained on. Raises a UserError if it is gone or has changed since."""
     try:
-        source = open_source(run.config.data, run.workdir / DATA_FOLDER)
+        source = open_source(run.config.data, data_folder())
     except UserError as error:
         raise UserError(
             f"what --workdir={run.workdir} was trained on cannot be opened: {error} (where it was moved, run the "

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sunfish_jax.alone import alone_in
 from sunfish_jax.data.batches import PackedBatch, batch_iterator
 from sunfish_jax.errors import UserError
 from sunfish_jax.ops.allocator import give_back_freed_memory
@@ -26,7 +27,6 @@ from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
 from sunfish_jax.training.step import TrainStep, make_train_step
 from sunfish_jax.training.watching import HELD_OUT_MEAN, Evaluate, Sample, Stopped, make_evaluate, make_sample
-from sunfish_jax.workdir.alone import alone_in
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, load_config, record_config
 from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
@@ -53,7 +53,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
     Raises:
         UserError: something that was given cannot be used, or the loss is not finite.
     """
-    with alone_in(workdir):
+
+    def refuse():
+        raise UserError(
+            f"another training is running in --workdir={workdir}: stop it first, or name another workdir"
+        )
+
+    with alone_in(workdir, refuse):
         _train(config, workdir)
 
 

@@ -7,21 +7,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
+from sunfish_jax.cache import data_folder
 from sunfish_jax.data.batches import BatchSource
 from sunfish_jax.data.buckets import choose_buckets
+from sunfish_jax.data.kept import made_once
 from sunfish_jax.data.sources import Source, open_source
 from sunfish_jax.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer
-from sunfish_jax.data.tokens import TokenizedSplit, prepare, remove_incomplete
+from sunfish_jax.data.tokens import TokenizedSplit, prepare
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser, make_model
 from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from sunfish_jax.models.prompt_table import PromptTable
 from sunfish_jax.workdir.config import CONFIG_FILE, record_config
 from sunfish_jax.workdir.row_lengths import save_row_lengths
-from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER, saved_identity
+from sunfish_jax.workdir.run import IDENTITY_FILE, TOKENIZER_FOLDER, saved_identity
 from sunfish_jax.workdir.writers import WANDB_RUN_FILE
 
 # What a tokenizer is trained on: as many characters, spread over the corpus. The words of a whole gigabyte took
@@ -65,11 +68,11 @@ class Prepared:
 def prepare_run(
     config: ConfigDict, workdir: Path, tokenizer_path: Path | None, *, resuming: bool = False
 ) -> Prepared:
-    """Prepares data and model; what was prepared before is found again in the workdir.
+    """Prepares data and model; what was prepared before, for this run or another, is found again in the cache.
 
     Args:
         config: the whole configuration.
-        workdir: tokens are kept in `data/` there.
+        workdir: the run's folder.
         tokenizer_path: a saved tokenizer to use: that of the run to resume or to start from. None: the one that
             the configuration names, or one trained on the corpus.
         resuming: whether it is for the run in `workdir`, which goes on only with what it began with.
@@ -77,9 +80,9 @@ def prepare_run(
     Raises:
         UserError: the data, the tokenizer or the prompt encoder cannot be used, or is not what the run began with.
     """
-    data_dir = workdir / DATA_FOLDER
+    data_dir = data_folder()
     source = open_source(config.data, data_dir)
-    tokenizer = _tokenizer(config.tokenizer, source, tokenizer_path)
+    tokenizer = _tokenizer(config.tokenizer, source, tokenizer_path, data_dir)
     encoder = make_prompt_encoder(config.prompt_encoder, tokenizer)
     identity = {
         "data": source.identity,
@@ -89,7 +92,6 @@ def prepare_run(
     # Before a corpus is tokenized, which may take minutes.
     if resuming:
         _check_identity(workdir, identity)
-    remove_incomplete(data_dir)
     splits = prepare(source, tokenizer, data_dir, block_size=config.model.block_size)
     train = splits["train"]
     print(
@@ -107,12 +109,14 @@ def prepare_run(
     )
 
 
-def _tokenizer(config: ConfigDict, source: Source, path: Path | None) -> PreTrainedTokenizerFast:
-    path = path or config.path
-    if path:
-        return load_tokenizer(path)
-    print(f"training a tokenizer of {config.vocab_size:,} tokens", flush=True)
-    return train_tokenizer(_spread_texts(source, _TOKENIZER_CHARACTERS), config.vocab_size)
+def _tokenizer(config: ConfigDict, source: Source, path: Path | None, data_dir: Path) -> PreTrainedTokenizerFast:
+    def train(folder):
+        print(f"training a tokenizer of {config.vocab_size:,} tokens", flush=True)
+        texts = _spread_texts(source, _TOKENIZER_CHARACTERS)
+        train_tokenizer(texts, config.vocab_size).save_pretrained(folder)
+
+    key = f"tokenizer {tokenizers.__version__}|{source.identity}|{config.vocab_size}|{_TOKENIZER_CHARACTERS}"
+    return load_tokenizer(path or config.path or made_once(data_dir, key, train))
 
 
 def _spread_texts(source: Source, most_characters: int) -> Iterator[str]:

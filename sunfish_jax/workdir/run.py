@@ -21,8 +21,6 @@ from sunfish_jax.workdir.config import load_config
 from sunfish_jax.workdir.row_lengths import load_row_lengths
 
 TOKENIZER_FOLDER = "tokenizer"
-# The prepared corpus and its tokens.
-DATA_FOLDER = "data"
 # Fingerprints of what the run was trained with: "data", "tokenizer", "prompt_encoder".
 IDENTITY_FILE = "identity.json"
 

@@ -75,15 +75,16 @@ print("tensorflow_datasets" in sys.modules)
 
 def test_prepared_tfds_dataset_by_name(corpus_dir):
     list(source_of("vital_articles", corpus_dir).examples("test"))  # prepares it
-    source = source_of("tfds:vital_articles", corpus_dir, prompt_key="title")
+    (prepared,) = (corpus_dir / "vital_articles").iterdir()
+    source = source_of("tfds:vital_articles", prepared, prompt_key="title")
     default = source_of("vital_articles", corpus_dir)
     named, ours = list(source.examples("test")), list(default.examples("test"))
     assert [e.text for e in named] == [e.text for e in ours]
     assert [e.prompts for e in named] == [e.prompts[:1] for e in ours]
     with pytest.raises(UserError, match=r"no feature `body`.*description"):
-        source_of("tfds:vital_articles", corpus_dir, text_key="body")
+        source_of("tfds:vital_articles", prepared, text_key="body")
     with pytest.raises(UserError, match=r"no feature `titel`.*set data\.prompt_key"):
-        source_of("tfds:vital_articles", corpus_dir, prompt_key="titel")
+        source_of("tfds:vital_articles", prepared, prompt_key="titel")
 
 
 class Sayings(tfds.core.GeneratorBasedBuilder):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import nano
-from sunfish_jax.data import batches
+from sunfish_jax.cache import data_folder
+from sunfish_jax.data import batches, tokens
 from sunfish_jax.data.sources import open_source
 from sunfish_jax.data.tokenizer import train_tokenizer
 from sunfish_jax.errors import UserError
@@ -16,7 +17,7 @@ from sunfish_jax.training import preparation
 from sunfish_jax.training.preparation import begin_workdir, prepare_run
 from sunfish_jax.workdir.config import load_config
 from sunfish_jax.workdir.row_lengths import load_row_lengths
-from sunfish_jax.workdir.run import DATA_FOLDER, IDENTITY_FILE, TOKENIZER_FOLDER
+from sunfish_jax.workdir.run import IDENTITY_FILE, TOKENIZER_FOLDER
 from sunfish_jax.workdir.writers import WANDB_RUN_FILE
 
 
@@ -30,6 +31,12 @@ def config(tmp_path_factory):
     config.data.source = str(source)
     config.tokenizer.vocab_size = 300
     return config
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +55,38 @@ def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path)
     np.testing.assert_array_equal(batch.prompt.inputs, same.prompt.inputs)
 
 
-def test_what_a_killed_preparation_left_is_removed(config, tmp_path):
-    left = tmp_path / DATA_FOLDER / "incomplete-x/tokens"
+def test_text_is_prepared_once_for_all_runs(config, empty_cache, tmp_path, capsys, monkeypatch):
+    left = data_folder() / "incomplete-x/tokens"
     left.mkdir(parents=True)
-    prepare_run(config, tmp_path, tokenizer_path=None)
+    first = prepare_run(config, tmp_path / "one", tokenizer_path=None)
+    assert "training a tokenizer" in capsys.readouterr().out
+    # What a killed process left.
     assert not left.parent.exists()
+    monkeypatch.setattr(tokens, "_write_split", None)
+    second = prepare_run(config, tmp_path / "two", tokenizer_path=None)
+    assert "training a tokenizer" not in capsys.readouterr().out
+    assert second.identity == first.identity and second.buckets == first.buckets
+    np.testing.assert_array_equal(second.splits["train"].tokens, first.splits["train"].tokens)
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_tokenizer_is_trained_for_each_text_and_size(config, empty_cache, tmp_path):
+    small = prepare_run(config, tmp_path, tokenizer_path=None)
+    other = config.copy_and_resolve_references()
+    other.tokenizer.vocab_size = 290
+    assert len(prepare_run(other, tmp_path, tokenizer_path=None).tokenizer) == 290 < len(small.tokenizer)
+    text = "other words of another corpus, "
+    (tmp_path / "other.txt").write_text("".join(f"{text}{i}\n\n" for i in range(300)))
+    other.data.source = str(tmp_path / "other.txt")
+    other.tokenizer.vocab_size = config.tokenizer.vocab_size
+    again = prepare_run(other, tmp_path, tokenizer_path=None)
+    assert len(again.tokenizer(text)["input_ids"]) < len(small.tokenizer(text)["input_ids"])
+
+
+def test_a_cache_that_takes_nothing_is_one_line(config, empty_cache, tmp_path):
+    empty_cache.write_text("a file")
+    with pytest.raises(UserError, match=r"cache/sunfish_jax/data .*: set XDG_CACHE_HOME to a folder"):
+        prepare_run(config, tmp_path, tokenizer_path=None)
 
 
 def test_prompts_of_training_are_encoded_once(config, tmp_path, monkeypatch):
@@ -72,7 +106,7 @@ def test_prompts_of_training_are_encoded_once(config, tmp_path, monkeypatch):
     assert sum(calls) == encoded > 0
 
 
-def test_tokenizer_of_a_large_corpus_is_trained_on_texts_spread_over_it(config, tmp_path, monkeypatch):
+def test_tokenizer_of_a_large_corpus_is_trained_on_texts_spread_over_it(config, empty_cache, tmp_path, monkeypatch):
     texts = [example.text for example in open_source(config.data, tmp_path).examples("train")]
     seen = []
 
@@ -110,14 +144,14 @@ def test_token_counts_are_those_of_the_training_text(prepared):
     ("key", "words"),
     [("data", "text of data.source"), ("tokenizer", "tokenizer"), ("prompt_encoder", "prompt encoder")],
 )
-def test_run_does_not_go_on_with_what_changed(config, prepared, tmp_path, key, words):
+def test_run_does_not_go_on_with_what_changed(config, prepared, empty_cache, tmp_path, key, words):
     begin_workdir(tmp_path, config, prepared)
     (tmp_path / IDENTITY_FILE).write_text(json.dumps({**prepared.identity, key: "another"}))
     with pytest.raises(UserError, match=f"the {words} changed since the run") as error:
         prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
     # What would be refused as well is not advised.
     assert ("train.init_from" in str(error.value)) == (key == "data")
-    assert not (tmp_path / DATA_FOLDER).exists()
+    assert list(data_folder().iterdir()) == []
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"data": "x"}'])
