@@ -37,7 +37,6 @@ from sunfish_jax.training.watching import on_one_device
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, has_config, load_config, record_config
 from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
-from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 from sunfish_jax.workdir.writers import make_writer, metric_writers
 
 # An empty file that makes a run a twin's, in its workdir.
@@ -111,7 +110,7 @@ def open_twin(workdir: Path, checkpoint: str = "best") -> Twin:
     if not (workdir / TWIN_FILE).is_file():
         raise UserError(f"--workdir={workdir} holds no autoregressive twin: name another folder")
     config = load_config(workdir)
-    prepared = prepare_run(config, workdir, workdir / TOKENIZER_FOLDER, resuming=True)
+    prepared = prepare_run(config, resumed=workdir)
     model = make_twin(prepared.model, prepared.tokenizer.eos_token_id)
     abstract = jax.eval_shape(lambda: init_twin(model, jax.random.key(0)))
     with Checkpoints(workdir) as checkpoints:
@@ -234,8 +233,7 @@ def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int)
         config.model.compute_dtype = saved.model.compute_dtype if saved else fastest_compute_dtype()
     if resuming:
         check_resumable(saved, config)
-    tokenizer_path = workdir / TOKENIZER_FOLDER if resuming else None
-    prepared = prepare_run(config, workdir, tokenizer_path, resuming=resuming)
+    prepared = prepare_run(config, resumed=workdir if resuming else None)
     model = make_twin(prepared.model, prepared.tokenizer.eos_token_id)
     print(
         f"the twin: {count_parameters(model):,} trainable parameters, feed-forward {model.mlp_ratio} times the "

@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -165,7 +164,6 @@ class Measured:
 def run(
     name: str,
     config: ConfigDict,
-    workdir: Path,
     repeats: int,
     plain_accumulate_steps: int,
     num_lengths: int,
@@ -181,7 +179,7 @@ def run(
             "config.prompt_encoder.name='transformer' has no plain network to compare with: "
             "choose minilm or gpt2, whose weights are not trained"
         )
-    prepared = prepare_run(config, workdir, None)
+    prepared = prepare_run(config)
     model, mesh = prepared.model, make_mesh(config.train.num_devices)
     state = make_state(config, prepared, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

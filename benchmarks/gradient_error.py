@@ -53,13 +53,12 @@ def print_errors(workdir: Path) -> None:
     from sunfish_jax.training.step import make_train_step
     from sunfish_jax.workdir.checkpoints import Checkpoints
     from sunfish_jax.workdir.config import load_config
-    from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 
     config = load_config(workdir)
     config.train.num_devices = 1
     with Checkpoints(workdir) as checkpoints:
         checkpoint = checkpoints.resolve(_CHECKPOINT.value)
-        prepared = prepare_run(config, workdir, workdir / TOKENIZER_FOLDER, resuming=True)
+        prepared = prepare_run(config, resumed=workdir)
         state = checkpoints.restore(jax.eval_shape(lambda: create_state(config, prepared.model)), checkpoint)
     batches = list(itertools.islice(_one_kind(prepared.training_batches(config), checkpoint), _BATCHES.value))
 

@@ -24,7 +24,7 @@ def run(name: str, config: ConfigDict, workdir: Path, repeats: int, batches: int
       UserError: the configuration cannot be prepared.
     """
     result = {"config": name} | prepare_corpus(config, workdir)
-    prepared = prepare_run(config, workdir, workdir / TOKENIZER_FOLDER)
+    prepared = prepare_run(config, workdir / TOKENIZER_FOLDER)
     trained = training_rate(config, prepared, repeats)
     # Two sources of their own, whose prompts nobody has asked for yet. The first compiles MiniLM for each width of
     # them: training dropped its programs.

@@ -4,6 +4,7 @@ import numpy as np
 from epoch_mix import Typical
 from ml_collections import ConfigDict
 
+from sunfish_jax.cache import data_folder
 from sunfish_jax.data.buckets import choose_buckets, rows_per_pass
 from sunfish_jax.data.padded_rows import PaddedBatch, pad_rows
 from sunfish_jax.data.spans import known_spans
@@ -24,7 +25,7 @@ def padded_batches(config: ConfigDict, prepared: Prepared, num_lengths: int) -> 
     split, rng = prepared.splits["train"], np.random.default_rng(config.train.seed)
     lengths = choose_buckets(split.lengths, num_lengths, config.model.block_size)
     bucket_of_row = np.searchsorted(lengths, split.lengths)
-    prompts = PromptTable(prepared.prompt_encoder, split.num_prompts, split.prompt_texts, prepared.data_dir)
+    prompts = PromptTable(prepared.prompt_encoder, split.num_prompts, split.prompt_texts, data_folder())
     batches, num_steps = [], []
     for bucket, length in enumerate(lengths):
         rows = np.flatnonzero(bucket_of_row == bucket)

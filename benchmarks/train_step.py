@@ -19,9 +19,6 @@ is our real tokens per second, as configured, over the *positions* per second of
 tokens, since it pads every row to 256.
 """
 
-import tempfile
-from pathlib import Path
-
 from absl import app, flags
 from command_line import (
     FLAGS,
@@ -38,7 +35,6 @@ from sunfish_jax.errors import UserError
 from sunfish_jax.startup import end_on_interrupt, prepare_process
 
 config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.KEY=VALUE overrides")
-flags.DEFINE_string("workdir", None, "Folder for the prepared data [a temporary one]")
 flags.DEFINE_integer(
     "plain_accumulate_steps",
     2,
@@ -62,22 +58,20 @@ def main(argv: list[str]) -> None:
     prepare_process(FLAGS.config.train.num_devices)
     from torch_process import torch_to_compare_with
 
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            with torch_to_compare_with(FLAGS.compare, FLAGS.torch_python) as torch:
-                import comparison
+    try:
+        with torch_to_compare_with(FLAGS.compare, FLAGS.torch_python) as torch:
+            import comparison
 
-                comparison.run(
-                    config_path().stem,
-                    FLAGS.config,
-                    Path(FLAGS.workdir or temporary),
-                    FLAGS.repeats,
-                    FLAGS.plain_accumulate_steps,
-                    FLAGS.row_lengths,
-                    torch,
-                )
-        except UserError as error:
-            fail(error)
+            comparison.run(
+                config_path().stem,
+                FLAGS.config,
+                FLAGS.repeats,
+                FLAGS.plain_accumulate_steps,
+                FLAGS.row_lengths,
+                torch,
+            )
+    except UserError as error:
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from sunfish_jax.training.watching import HELD_OUT_MEAN, Evaluate, Sample, Stopp
 from sunfish_jax.workdir.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from sunfish_jax.workdir.config import check_resumable, load_config, record_config
 from sunfish_jax.workdir.progress import Progress, format_seconds, load_totals, save_totals
-from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 from sunfish_jax.workdir.writers import make_writer, metric_writers
 
 # Long steps are reported before `logging.every_steps` of them are done.
@@ -76,10 +75,9 @@ def _train(config: ConfigDict, workdir: Path) -> None:
                 "raise --config.train.num_steps to go on"
             )
             return
-        tokenizer_path = workdir / TOKENIZER_FOLDER
+        prepared = prepare_run(config, resumed=workdir)
     else:
-        tokenizer_path = init_tokenizer(config) if config.train.init_from else None
-    prepared = prepare_run(config, workdir, tokenizer_path, resuming=first_step is not None)
+        prepared = prepare_run(config, init_tokenizer(config) if config.train.init_from else None)
     mesh = make_mesh(config.train.num_devices)
     source = prepared.training_batches(config)
     # The first batches are made while the state is read.

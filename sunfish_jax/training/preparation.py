@@ -41,7 +41,6 @@ class Prepared:
         prompt_encoder: turns prompts into what the model reads.
         splits: the tokenized corpus by name of split.
         buckets: the longest rows that are packed together, rising.
-        data_dir: where the splits lie, and what is encoded of their prompts.
         model: the denoiser.
         identity: fingerprints of `data`, `tokenizer` and `prompt_encoder`; a run resumes only on the same.
     """
@@ -50,14 +49,13 @@ class Prepared:
     prompt_encoder: PromptEncoder
     splits: Mapping[str, TokenizedSplit]
     buckets: tuple[int, ...]
-    data_dir: Path
     model: TextDenoiser
     identity: Mapping[str, str]
 
     def training_batches(self, config: ConfigDict) -> BatchSource:
         """The training batches, indexable by step."""
         split = self.splits["train"]
-        prompts = PromptTable(self.prompt_encoder, split.num_prompts, split.prompt_texts, self.data_dir)
+        prompts = PromptTable(self.prompt_encoder, split.num_prompts, split.prompt_texts, data_folder())
         return BatchSource(split, self.buckets, config, prompts)
 
     def token_counts(self) -> np.ndarray:
@@ -65,24 +63,21 @@ class Prepared:
         return self.splits["train"].token_counts(self.model.vocab_size)
 
 
-def prepare_run(
-    config: ConfigDict, workdir: Path, tokenizer_path: Path | None, *, resuming: bool = False
-) -> Prepared:
+def prepare_run(config: ConfigDict, tokenizer_path: Path | None = None, *, resumed: Path | None = None) -> Prepared:
     """Prepares data and model; what was prepared before, for this run or another, is found again in the cache.
 
     Args:
         config: the whole configuration.
-        workdir: the run's folder.
-        tokenizer_path: a saved tokenizer to use: that of the run to resume or to start from. None: the one that
-            the configuration names, or one trained on the corpus.
-        resuming: whether it is for the run in `workdir`, which goes on only with what it began with.
+        tokenizer_path: a saved tokenizer to use, such as that of a run to start from. None: the one that the
+            configuration names, or one trained on the corpus.
+        resumed: the folder of a run that goes on, which it does only with what it began with, its tokenizer first.
 
     Raises:
         UserError: the data, the tokenizer or the prompt encoder cannot be used, or is not what the run began with.
     """
-    data_dir = data_folder()
-    source = open_source(config.data, data_dir)
-    tokenizer = _tokenizer(config.tokenizer, source, tokenizer_path, data_dir)
+    source = open_source(config.data, data_folder())
+    saved = tokenizer_path if resumed is None else resumed / TOKENIZER_FOLDER
+    tokenizer = _tokenizer(config.tokenizer, source, saved)
     encoder = make_prompt_encoder(config.prompt_encoder, tokenizer)
     identity = {
         "data": source.identity,
@@ -90,9 +85,9 @@ def prepare_run(
         "prompt_encoder": encoder.identity,
     }
     # Before a corpus is tokenized, which may take minutes.
-    if resuming:
-        _check_identity(workdir, identity)
-    splits = prepare(source, tokenizer, data_dir, block_size=config.model.block_size)
+    if resumed is not None:
+        _check_identity(resumed, identity)
+    splits = prepare(source, tokenizer, data_folder(), block_size=config.model.block_size)
     train = splits["train"]
     print(
         f"training text: {train.num_rows:,} rows, {len(train.tokens):,} tokens, {train.num_prompts:,} prompts",
@@ -103,20 +98,19 @@ def prepare_run(
         prompt_encoder=encoder,
         splits=splits,
         buckets=choose_buckets(train.lengths, config.data.num_buckets, config.model.block_size),
-        data_dir=data_dir,
         model=make_model(config, len(tokenizer), encoder),
         identity=identity,
     )
 
 
-def _tokenizer(config: ConfigDict, source: Source, path: Path | None, data_dir: Path) -> PreTrainedTokenizerFast:
+def _tokenizer(config: ConfigDict, source: Source, path: Path | None) -> PreTrainedTokenizerFast:
     def train(folder):
         print(f"training a tokenizer of {config.vocab_size:,} tokens", flush=True)
         texts = _spread_texts(source, _TOKENIZER_CHARACTERS)
         train_tokenizer(texts, config.vocab_size).save_pretrained(folder)
 
     key = f"tokenizer {tokenizers.__version__}|{source.identity}|{config.vocab_size}|{_TOKENIZER_CHARACTERS}"
-    return load_tokenizer(path or config.path or made_once(data_dir, key, train))
+    return load_tokenizer(path or config.path or made_once(data_folder(), key, train))
 
 
 def _spread_texts(source: Source, most_characters: int) -> Iterator[str]:

@@ -28,7 +28,7 @@ def mix(monkeypatch):
         return lambda numbers: Prompt(numbers[..., None], np.ones((*numbers.shape, 1), bool))
 
     monkeypatch.setattr(padded_mix, "PromptTable", prompt_table)
-    prepared = types.SimpleNamespace(splits={"train": split}, prompt_encoder=None, data_dir=None)
+    prepared = types.SimpleNamespace(splits={"train": split}, prompt_encoder=None)
     config = default.get_config()
     config.model.block_size = 64
     config.train.accumulate_steps = 2

@@ -9,6 +9,7 @@ import pytest
 from clu import asynclib
 from ml_collections import ConfigDict
 
+from sunfish_jax.alone import alone_in
 from sunfish_jax.errors import UserError
 from sunfish_jax.training import loop
 from sunfish_jax.training.loop import CompiledStep, Loop
@@ -114,6 +115,13 @@ def make_loop(tmp_path, recorder, num_steps=10, first_step=0):
 def endless(**kinds):
     while True:
         yield batch(**kinds)
+
+
+def test_a_second_training_in_the_same_workdir_is_refused(tmp_path):
+    pytest.importorskip("fcntl")
+    refused = pytest.raises(UserError, match=f"another training is running in --workdir={tmp_path}: stop it first")
+    with alone_in(tmp_path, lambda: None), refused:
+        loop.train(ConfigDict(), tmp_path)
 
 
 def test_everything_happens_at_its_steps_and_at_the_last(tmp_path, capsys):

@@ -17,7 +17,7 @@ from sunfish_jax.training import preparation
 from sunfish_jax.training.preparation import begin_workdir, prepare_run
 from sunfish_jax.workdir.config import load_config
 from sunfish_jax.workdir.row_lengths import load_row_lengths
-from sunfish_jax.workdir.run import IDENTITY_FILE, TOKENIZER_FOLDER
+from sunfish_jax.workdir.run import IDENTITY_FILE
 from sunfish_jax.workdir.writers import WANDB_RUN_FILE
 
 
@@ -40,14 +40,14 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def prepared(config, tmp_path_factory):
-    return prepare_run(config, tmp_path_factory.mktemp("first"), tokenizer_path=None)
+def prepared(config):
+    return prepare_run(config)
 
 
 def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path):
     begin_workdir(tmp_path, config, prepared)
     np.testing.assert_array_equal(load_row_lengths(tmp_path), np.bincount(prepared.splits["train"].lengths))
-    again = prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
+    again = prepare_run(config, resumed=tmp_path)
     assert again.buckets == prepared.buckets
     np.testing.assert_array_equal(again.splits["train"].tokens, prepared.splits["train"].tokens)
     batch, same = again.training_batches(config)[5], prepared.training_batches(config)[5]
@@ -55,42 +55,41 @@ def test_new_run_is_found_again_with_the_same_tokens(config, prepared, tmp_path)
     np.testing.assert_array_equal(batch.prompt.inputs, same.prompt.inputs)
 
 
-def test_text_is_prepared_once_for_all_runs(config, empty_cache, tmp_path, capsys, monkeypatch):
+def test_text_is_prepared_once_for_all_runs(config, empty_cache, capsys, monkeypatch):
     left = data_folder() / "incomplete-x/tokens"
     left.mkdir(parents=True)
-    first = prepare_run(config, tmp_path / "one", tokenizer_path=None)
+    first = prepare_run(config)
     assert "training a tokenizer" in capsys.readouterr().out
     # What a killed process left.
     assert not left.parent.exists()
     monkeypatch.setattr(tokens, "_write_split", None)
-    second = prepare_run(config, tmp_path / "two", tokenizer_path=None)
+    second = prepare_run(config)
     assert "training a tokenizer" not in capsys.readouterr().out
     assert second.identity == first.identity and second.buckets == first.buckets
     np.testing.assert_array_equal(second.splits["train"].tokens, first.splits["train"].tokens)
-    assert not (tmp_path / "two").exists()
 
 
 def test_a_tokenizer_is_trained_for_each_text_and_size(config, empty_cache, tmp_path):
-    small = prepare_run(config, tmp_path, tokenizer_path=None)
+    small = prepare_run(config)
     other = config.copy_and_resolve_references()
     other.tokenizer.vocab_size = 290
-    assert len(prepare_run(other, tmp_path, tokenizer_path=None).tokenizer) == 290 < len(small.tokenizer)
+    assert len(prepare_run(other).tokenizer) == 290 < len(small.tokenizer)
     text = "other words of another corpus, "
     (tmp_path / "other.txt").write_text("".join(f"{text}{i}\n\n" for i in range(300)))
     other.data.source = str(tmp_path / "other.txt")
     other.tokenizer.vocab_size = config.tokenizer.vocab_size
-    again = prepare_run(other, tmp_path, tokenizer_path=None)
+    again = prepare_run(other)
     assert len(again.tokenizer(text)["input_ids"]) < len(small.tokenizer(text)["input_ids"])
 
 
-def test_a_cache_that_takes_nothing_is_one_line(config, empty_cache, tmp_path):
+def test_a_cache_that_takes_nothing_is_one_line(config, empty_cache):
     empty_cache.write_text("a file")
     with pytest.raises(UserError, match=r"cache/sunfish_jax/data .*: set XDG_CACHE_HOME to a folder"):
-        prepare_run(config, tmp_path, tokenizer_path=None)
+        prepare_run(config)
 
 
-def test_prompts_of_training_are_encoded_once(config, tmp_path, monkeypatch):
-    prepared = prepare_run(config, tmp_path, tokenizer_path=None)
+def test_prompts_of_training_are_encoded_once(config, monkeypatch):
+    prepared = prepare_run(config)
     monkeypatch.setattr(prompt_table, "_BYTES_LEFT_FREE", 0)
     calls = []
     encode = prepared.prompt_encoder.encode
@@ -117,7 +116,7 @@ def test_tokenizer_of_a_large_corpus_is_trained_on_texts_spread_over_it(config, 
     monkeypatch.setattr(preparation, "train_tokenizer", train)
     for share in (1, 4):
         monkeypatch.setattr(preparation, "_TOKENIZER_CHARACTERS", len("".join(texts)) // share)
-        prepare_run(config, tmp_path, tokenizer_path=None)
+        prepare_run(config)
     assert seen == [texts, texts[::4]]
 
 
@@ -148,7 +147,7 @@ def test_run_does_not_go_on_with_what_changed(config, prepared, empty_cache, tmp
     begin_workdir(tmp_path, config, prepared)
     (tmp_path / IDENTITY_FILE).write_text(json.dumps({**prepared.identity, key: "another"}))
     with pytest.raises(UserError, match=f"the {words} changed since the run") as error:
-        prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
+        prepare_run(config, resumed=tmp_path)
     # What would be refused as well is not advised.
     assert ("train.init_from" in str(error.value)) == (key == "data")
     assert list(data_folder().iterdir()) == []
@@ -161,4 +160,4 @@ def test_a_run_whose_fingerprints_are_lost_is_one_line(config, prepared, tmp_pat
     if text is not None:
         (tmp_path / IDENTITY_FILE).write_text(text)
     with pytest.raises(UserError, match="missing or damaged"):
-        prepare_run(config, tmp_path, tmp_path / TOKENIZER_FOLDER, resuming=True)
+        prepare_run(config, resumed=tmp_path)
