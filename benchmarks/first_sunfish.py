@@ -1,9 +1,11 @@
 """The first SunFish as it shipped: PyTorch, float32, predicted noise, every row as long as a block.
 
 Eight layers of self-attention, cross-attention to 64 prompt tokens and a 4x GELU feed-forward layer at width 512,
-with `nn.MultiheadAttention`; 8 x 4 x 256 tokens an optimiser step; AdamW. What its description leaves open is
-chosen in its favour: no dropout, no attention weights asked for (which lets PyTorch fuse the attention), no moving
-average, no clipping of gradients.
+with `nn.MultiheadAttention`; 8 x 4 x 256 tokens an optimiser step; AdamW. The rest is as in its source
+(Sculptor-AI/Sunfish on GitHub, commit e0344c6: `config/micro_config.py`, and `models/` in `sunfish_demo_6k/`):
+dropout of 0.1, also of the attention weights, which are asked for; gradients clipped; and no cross-attention in
+passes without a prompt. Left out in its favour: PyTorch Lightning, its logs, and reading the prompts, which are
+random here.
 
 It runs in a process of its own (torch_worker.py) and imports nothing of JAX.
 """
@@ -16,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEARNING_RATE = 5e-4
+LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM = 5e-4, (0.9, 0.95), 0.01, 1.0
+DROPOUT = 0.1
 GUIDANCE_SCALE = 7.0
-# Noise levels of the linear schedule of DDPM (arXiv 2006.11239).
-LEVELS, FIRST_BETA, LAST_BETA = 1000, 1e-4, 0.02
+# The linear schedule of DDPM (arXiv 2006.11239), in half as many levels.
+LEVELS, FIRST_BETA, LAST_BETA = 500, 1e-4, 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +41,27 @@ class Sizes:
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention and a feed-forward layer, each after a LayerNorm."""
+    """Self-attention, cross-attention if there is a prompt, and a feed-forward layer, each after a LayerNorm."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.noise_level = nn.Linear(width, width)
         self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
-        self.self_attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
-        self.cross_attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.self_attention = nn.MultiheadAttention(width, num_heads, DROPOUT, batch_first=True)
+        self.cross_attention = nn.MultiheadAttention(width, num_heads, DROPOUT, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(4 * width, width),
+            nn.Dropout(DROPOUT),
+        )
 
-    def forward(self, x: Tensor, noise_level: Tensor, prompt: Tensor) -> Tensor:
-        x = x + self.noise_level(noise_level)[:, None]
+    def forward(self, x: Tensor, prompt: Tensor | None) -> Tensor:
         h = self.norms[0](x)
-        x = x + self.self_attention(h, h, h, need_weights=False)[0]
-        x = x + self.cross_attention(self.norms[1](x), prompt, prompt, need_weights=False)[0]
+        # Attention also returns its weights, averaged over heads, unless it is told not to: it was not.
+        x = x + self.self_attention(h, h, h)[0]
+        if prompt is not None:
+            x = x + self.cross_attention(self.norms[1](x), prompt, prompt)[0]
         return x + self.mlp(self.norms[2](x))
 
 
@@ -64,21 +73,26 @@ class NoisePredictor(nn.Module):
         width = sizes.width
         self.tokens = nn.Embedding(sizes.vocab_size, width)
         self.positions = nn.Embedding(sizes.block_size, width)
-        self.prompt_positions = nn.Embedding(sizes.prompt_length, width)
-        self.prompt = nn.Sequential(nn.Linear(sizes.prompt_dim, width), nn.GELU(), nn.Linear(width, width))
-        self.noise_level = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.prompt = _two_layers(sizes.prompt_dim, 2 * width, nn.GELU(), width)
+        self.noise_level = _two_layers(width, 4 * width, nn.Mish(), width)
         self.layers = nn.ModuleList([Layer(width, sizes.num_heads) for _ in range(sizes.num_layers)])
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, width)
+        self.head = nn.Linear(width, width, bias=False)
 
-    def forward(self, z: Tensor, level: Tensor, prompt: Tensor) -> Tensor:
-        """z [B, S, W], level [B] int, prompt [B, P, d] -> [B, S, W]."""
-        prompt = self.prompt(prompt) + self.prompt_positions.weight
-        noise_level = self.noise_level(_sinusoids(level, z.shape[-1]))
-        x = z + self.positions.weight[: z.shape[1]]
+    def clean(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S] -> [B, S, W], what noise is added to: embeddings of tokens and of their positions."""
+        return self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+
+    def forward(self, z: Tensor, level: Tensor, prompt: Tensor | None) -> Tensor:
+        """z [B, S, W], level [B] int, prompt [B, P, W] or None -> [B, S, W]."""
+        x = z + self.noise_level(_sinusoids(level, z.shape[-1]))[:, None]
         for layer in self.layers:
-            x = layer(x, noise_level, prompt)
+            x = layer(x, prompt)
         return self.head(self.norm(x))
+
+
+def _two_layers(inputs: int, hidden: int, activation: nn.Module, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, hidden), activation, nn.Linear(hidden, outputs))
 
 
 def _sinusoids(level: Tensor, width: int) -> Tensor:
@@ -94,7 +108,9 @@ class FirstSunFish:
     def __init__(self, sizes: Sizes):
         torch.manual_seed(0)
         self.sizes, self.model = sizes, NoisePredictor(sizes)
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE)
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(), LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY
+        )
         # alpha^2 of every level.
         self._signal = torch.cumprod(1 - torch.linspace(FIRST_BETA, LAST_BETA, LEVELS), 0)
         shape = (sizes.accumulate_steps, sizes.rows)
@@ -106,38 +122,32 @@ class FirstSunFish:
         self.model.train()
         total = torch.zeros(())
         for tokens, prompt in zip(self._tokens, self._prompts, strict=True):
-            clean = self.model.tokens(tokens)
-            level, noise = torch.randint(LEVELS, tokens.shape[:1]), torch.randn(clean.shape)
+            clean = self.model.clean(tokens)
+            level, noise = torch.randint(LEVELS, tokens.shape[:1]), torch.randn_like(clean)
             signal = self._signal[level][:, None, None]
             z = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-            loss = F.mse_loss(self.model(z, level, prompt), noise) / len(self._tokens)
+            loss = F.mse_loss(self.model(z, level, self.model.prompt(prompt)), noise) / len(self._tokens)
             loss.backward()
             total += loss.detach()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return total.item()
 
     @torch.no_grad()
-    def sample(self, rows: int, length: int, num_steps: int, one_batch: bool) -> Tensor:
-        """Tokens [rows, length] by DDIM (arXiv 2010.02502), guided at every step.
-
-        Args:
-          rows, length, num_steps: what to sample.
-          one_batch: the passes with and without the prompt as one of twice the rows.
-        """
+    def sample(self, rows: int, length: int, num_steps: int) -> Tensor:
+        """Tokens [rows, length] by DDIM (arXiv 2010.02502), guided at every step."""
         self.model.eval()
-        prompt = torch.randn(rows, self.sizes.prompt_length, self.sizes.prompt_dim)
-        prompts = torch.cat([prompt, torch.zeros_like(prompt)])
+        prompt = self.model.prompt(torch.randn(rows, self.sizes.prompt_length, self.sizes.prompt_dim))
         z = torch.randn(rows, length, self.sizes.width)
-        levels = torch.linspace(LEVELS - 1, 0, num_steps + 1).long().tolist()
-        for level, following in itertools.pairwise(levels):
-            at = torch.full((2 * rows,), level)
-            if one_batch:
-                predicted, without = self.model(z.repeat(2, 1, 1), at, prompts).chunk(2)
-            else:
-                predicted, without = (self.model(z, at[:rows], half) for half in prompts.chunk(2))
-            noise = without + GUIDANCE_SCALE * (predicted - without)
-            signal, next_signal = self._signal[level], self._signal[following]
+        levels = torch.linspace(LEVELS - 1, 0, num_steps).long()
+        # After the last level nothing is left of the noise.
+        signals = [*self._signal[levels], torch.ones(())]
+        for level, (signal, next_signal) in zip(levels, itertools.pairwise(signals), strict=True):
+            at = level.expand(rows)
+            without = self.model(z, at, None)
+            noise = without + GUIDANCE_SCALE * (self.model(z, at, prompt) - without)
             clean = (z - (1 - signal).sqrt() * noise) / signal.sqrt()
             z = next_signal.sqrt() * clean + (1 - next_signal).sqrt() * noise
-        return (z @ self.model.tokens.weight.T).argmax(-1)
+        # The nearest embedding by cosine.
+        return (z @ F.normalize(self.model.tokens.weight, dim=-1).T).argmax(-1)

@@ -55,16 +55,16 @@ def test_nothing_else_may(run):
         Choice(run, repeats=1).among([Variant("eager", -1)])
 
 
-def test_both_ways_of_the_first_sunfish_to_sample_are_warmed_up_once():
+def test_the_first_sunfish_samples_once_more_to_warm_up():
     asked = []
 
     class First:
-        def sample(self, rows, length, num_steps, one_batch):
-            asked.append(one_batch)
-            return SimpleNamespace(numpy=lambda: np.zeros((rows, length)))
+        def sample(self, *task):
+            asked.append(task)
+            return SimpleNamespace(numpy=lambda: np.zeros(task[:2]))
 
     worker = Worker()
     worker._first, worker._warm = First(), set()
-    for _ in range(2):
-        worker.first_sample({}, rows=1, length=4, num_steps=2)
-    assert asked == 3 * [False, True]
+    for rows in (1, 1, 2):
+        worker.first_sample({}, rows=rows, length=4, num_steps=2)
+    assert asked == 3 * [(1, 4, 2)] + 2 * [(2, 4, 2)]
