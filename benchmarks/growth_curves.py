@@ -17,7 +17,7 @@ _POSITIONS = 1024
 def training_points(config: ConfigDict) -> dict[str, dict[int, dict]]:
     """By what is varied and its value, the point to measure."""
     cores = len(os.sched_getaffinity(0))
-    powers = [2**i for i in range(cores.bit_length()) if 2**i <= cores]
+    powers = [2**i for i in range(cores.bit_length())]
     base = {
         "task": "train",
         "rows": _POSITIONS // 128,

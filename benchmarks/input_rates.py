@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import BatchSource, batch_iterator
 from sunfish_jax.data.sources import open_source
-from sunfish_jax.data.tokenizer import train_tokenizer
+from sunfish_jax.data.tokenizer import load_tokenizer
 from sunfish_jax.data.tokens import prepare
-from sunfish_jax.training.preparation import Prepared, prepare_run
+from sunfish_jax.training.preparation import Prepared, corpus_tokenizer, prepare_run
 from sunfish_jax.training.sharding import make_mesh
 from sunfish_jax.workdir.run import TOKENIZER_FOLDER
 
@@ -44,10 +44,10 @@ def run(name: str, config: ConfigDict, workdir: Path, repeats: int, batches: int
 
 
 def prepare_corpus(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Trains and saves a tokenizer and writes the tokens; returns the seconds that each took."""
-    source = open_source(config.data, workdir / "data")
+    """Makes and saves the tokenizer and writes the tokens; returns the seconds that each took."""
+    source, path = open_source(config.data, workdir / "data"), config.tokenizer.path
     began = time.perf_counter()
-    tokenizer = train_tokenizer((example.text for example in source.examples("train")), config.tokenizer.vocab_size)
+    tokenizer = load_tokenizer(path) if path else corpus_tokenizer(source, config.tokenizer.vocab_size)
     trained = time.perf_counter()
     splits = prepare(source, tokenizer, workdir / "data", block_size=config.model.block_size)
     written = time.perf_counter()

@@ -138,7 +138,7 @@ def run(sampled: Sampled, repeats: int, torch: TorchProcess | None) -> None:
     """Measures and prints; `torch` is a process to compare with, or None.
 
     Raises:
-      UserError: the configuration does not guide, or its prompt encoder is trained, which the twin has not.
+      UserError: there is PyTorch to compare with, and the prompt encoder is trained, which the twin's is not.
     """
     task, short = Task.of(sampled, 3, 128, 20), Task.of(sampled, 1, 64, 10)
     print(f"{sampled.name}: products in {sampled.model.number_format}", flush=True)

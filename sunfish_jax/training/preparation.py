@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -106,18 +106,18 @@ def prepare_run(config: ConfigDict, tokenizer_path: Path | None = None, *, resum
 def _tokenizer(config: ConfigDict, source: Source, path: Path | None) -> PreTrainedTokenizerFast:
     def train(folder):
         print(f"training a tokenizer of {config.vocab_size:,} tokens", flush=True)
-        texts = _spread_texts(source, _TOKENIZER_CHARACTERS)
-        train_tokenizer(texts, config.vocab_size).save_pretrained(folder)
+        corpus_tokenizer(source, config.vocab_size).save_pretrained(folder)
 
     key = f"tokenizer {tokenizers.__version__}|{source.identity}|{config.vocab_size}|{_TOKENIZER_CHARACTERS}"
     return load_tokenizer(path or config.path or made_once(data_folder(), key, train))
 
 
-def _spread_texts(source: Source, most_characters: int) -> Iterator[str]:
-    """The training texts; of a larger corpus every second, third and so on, which have about `most_characters`."""
+def corpus_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the training texts; of a large corpus on every second, third and so on."""
     characters = sum(len(example.text) for example in source.examples("train"))
-    every = max(1, round(characters / most_characters))
-    return (example.text for example in itertools.islice(source.examples("train"), 0, None, every))
+    every = max(1, round(characters / _TOKENIZER_CHARACTERS))
+    some = itertools.islice(source.examples("train"), 0, None, every)
+    return train_tokenizer((example.text for example in some), vocab_size)
 
 
 def begin_workdir(workdir: Path, config: ConfigDict, prepared: Prepared):
