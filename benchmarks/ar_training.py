@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.batches import PackedBatch, batch_iterator
+from sunfish_jax.data.tokens import log_frequencies
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.models.denoiser import compute_params
@@ -124,8 +125,7 @@ def create_twin_state(config: ConfigDict, model: CausalTransformer, token_counts
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     params = init_twin(model, init_key)
     # One count is added to each so that an unseen token stays possible.
-    frequencies = (token_counts + 1.0) / (token_counts + 1.0).sum()
-    params["log_unigram"] = jnp.asarray(np.log(frequencies), jnp.float32)
+    params["log_unigram"] = jnp.asarray(log_frequencies(token_counts))
     return TwinState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -5,8 +5,8 @@
 The last line is one JSON object. `tokenizer_seconds` and `tokenizing_seconds` are what training a tokenizer on the
 corpus (or reading the one that `tokenizer.path` names) and writing its tokens take. `new_prompts_ratio` is how many
 times faster than training uses them batches are made whose prompts the encoder has not seen yet, as in the first
-epochs; `ratio` the same once it has. Training's rate is that of whole steps, over the kinds of batch in the mix of an
-epoch.
+epochs; `ratio` the same once it has. Training's rate is that of whole steps, over the kinds of batch in the mix of
+an epoch.
 """
 
 import tempfile

@@ -10,12 +10,15 @@ try:
 except ImportError:  # Windows.
     fcntl = None
 
+LOCK_FILE = ".lock"
+
 
 @contextlib.contextmanager
 def alone_in(folder: Path, if_not: Callable[[], None]) -> Iterator[bool]:
     """Within its `with` block no other process enters one for the same folder.
 
-    The lock is of the folder itself, and ends with the process however that ends.
+    The lock is of an empty file in the folder, which stays there, and ends with the process however that ends. (A
+    folder can be locked itself, but over NFS for one machine alone.)
 
     Args:
         folder: an existing folder.
@@ -27,7 +30,7 @@ def alone_in(folder: Path, if_not: Callable[[], None]) -> Iterator[bool]:
     if fcntl is None:
         yield False
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         locked = _lock(descriptor, fcntl.LOCK_NB)
         if locked is None:

@@ -1,5 +1,6 @@
 """What a process sets up before JAX and other libraries start."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -35,11 +36,16 @@ def prepare_process(num_cpu_devices: int = 1) -> None:
 def end_on_interrupt() -> None:
     """Makes Ctrl-C and SIGTERM end the process at once with one line and code 130 or 143, nothing unfinished left.
 
+    So does a closed terminal, with code 129, unless it is to be ignored (`nohup`).
+
     The main thread may be inside compiled code for minutes, where Python runs no signal handler, or inside an
     import, which would turn an exception into another. So a thread of its own reads the signals, from the pipe
     into which Python's C handler writes their numbers. Training replaces it while it has work to save.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Windows has none.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
 
@@ -47,7 +53,8 @@ def end_on_interrupt() -> None:
         while number := os.read(read_end, 1):
             if number[0] in numbers:
                 remove_unfinished()
-                os.write(2, b"interrupted\n")
+                with contextlib.suppress(OSError):  # Of a terminal that is no more.
+                    os.write(2, b"interrupted\n")
                 os._exit(128 + number[0])
 
     threading.Thread(target=watch, daemon=True).start()

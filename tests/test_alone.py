@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from sunfish_jax.alone import alone_in
+from sunfish_jax.alone import LOCK_FILE, alone_in
 
 pytest.importorskip("fcntl")
 
@@ -39,7 +39,7 @@ def test_one_process_at_a_time_and_its_end_is_enough(other, tmp_path):
     for _ in range(2):
         with alone_in(tmp_path, refuse) as alone:
             assert alone
-            assert list(tmp_path.iterdir()) == []
+            assert list(tmp_path.iterdir()) == [tmp_path / LOCK_FILE]
 
 
 def test_a_process_that_is_not_refused_is_let_in_when_the_other_is_out(other, tmp_path):

@@ -147,9 +147,11 @@ main.app.run(main.main, argv=app_arguments, flags_parser=main.parse_flags)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupting_is_one_line_and_leaves_nothing_unfinished(tmp_path, number):
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(int(number))]
+    # These tests may have been started to outlive their terminal.
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)" + INTERRUPTED
+    command = [sys.executable, "-c", program, str(tmp_path), str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []

@@ -35,8 +35,17 @@ def made_once(directory: Path, key: str, make: Callable[[Path], None]) -> Path:
         if not folder.exists():
             with unfinished(Path(tempfile.mkdtemp(dir=directory, prefix=_INCOMPLETE))) as temporary:
                 make(temporary / "made")
-                (temporary / "made").rename(folder)
+                _take(temporary / "made", folder)
     return folder
+
+
+def _take(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        # Where processes are not kept apart another may have been faster: what it made is the same.
+        if not folder.exists():
+            raise
 
 
 def _say_so() -> None:

@@ -1,7 +1,9 @@
 """A `.txt` file, or all of a folder's, as one stream of text."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from sunfish_jax.data.examples import Example, file_digest
 from sunfish_jax.errors import UserError
@@ -25,11 +27,16 @@ class TextFiles:
         self._files = sorted(file for file in path.rglob("*.txt") if file.is_file()) if path.is_dir() else [path]
         if not self._files:
             raise UserError(f"data.source={path} has no .txt file in it")
-        size = sum(file.stat().st_size for file in self._files)
-        self._section = min(max(size // (4 * _PERIOD), _MIN_SECTION), _MAX_SECTION)
         # Reading all of it once finds what cannot be read before anything is written.
-        if not any(section.strip() for file in self._files for section in self._sections(file)):
+        characters, is_blank = 0, True
+        for file in self._files:
+            with _opened(file) as text:
+                while part := text.read(_MAX_SECTION):
+                    characters += len(part)
+                    is_blank = is_blank and part.isspace()
+        if is_blank:
             raise UserError(f"data.source={path} is empty: it has no text")
+        self._section = min(max(characters // (4 * _PERIOD), _MIN_SECTION), _MAX_SECTION)
         self.identity = f"text:{file_digest(self._files)}"
 
     def examples(self, split: str) -> Iterator[Example]:
@@ -47,13 +54,19 @@ class TextFiles:
                 yield Example("".join(run))
 
     def _sections(self, file: Path) -> Iterator[str]:
-        try:
-            with file.open(encoding="utf-8-sig") as text:
-                while section := text.read(self._section):
-                    yield section + text.readline(min(_LINE_LIMIT, self._section))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{file} is not UTF-8 text (byte {error.object[error.start]:#04x} in it): save it as UTF-8"
-            ) from error
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+        with _opened(file) as text:
+            while section := text.read(self._section):
+                yield section + text.readline(min(_LINE_LIMIT, self._section))
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[TextIO]:
+    try:
+        with file.open(encoding="utf-8-sig") as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is not UTF-8 text (byte {error.object[error.start]:#04x} in it): save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error

@@ -66,6 +66,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Where text ends and where nothing is are different things to learn.
         tokenizer.add_special_tokens({"pad_token": PAD})
+    last = max(tokenizer.get_vocab().values())
+    if last >= len(tokenizer):
+        raise UserError(
+            f"tokenizer.path={path} leaves numbers out: it has {len(tokenizer)} tokens, and the last is number "
+            f"{last}; give one that numbers its tokens without gaps"
+        )
     return tokenizer
 
 

@@ -18,7 +18,7 @@ from sunfish_jax.data.tokenizer import tokenizer_identity
 from sunfish_jax.errors import UserError
 
 # To be changed with what is made of the same text and tokenizer: what was made before would be found.
-_FORMAT = "1"
+_FORMAT = "2"
 # Texts tokenized together: no more than this, and no more once they have this many characters, each of which takes
 # about 30 bytes until its tokens are written.
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 2**21
@@ -77,6 +77,16 @@ class TokenizedSplit:
             bytes(self.prompt_text[self.prompt_bounds[i] : self.prompt_bounds[i + 1]]).decode()
             for i in np.ravel(indices)
         ]
+
+
+def log_frequencies(counts: np.ndarray) -> np.ndarray:
+    """How frequent each token is, in nats [V] float32. One is added to each count: an unseen token stays possible.
+
+    Args:
+      counts: [V], from `TokenizedSplit.token_counts`.
+    """
+    counts = counts + 1.0
+    return np.log(counts / counts.sum()).astype(np.float32)
 
 
 def prepare(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sunfish_jax.data.examples import Example
 from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.data.sources import Source
-from sunfish_jax.data.tokens import TokenizedSplit
+from sunfish_jax.data.tokens import TokenizedSplit, log_frequencies
 from sunfish_jax.diffusion.samplers import Known
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.bound import BitsPerByte
@@ -106,10 +106,12 @@ def evaluate(
         held_out = TextRows.of(texts, config.eval.num_rows, config, subject.prompt_encoder)
         result["held_out"] = subject.held_out(held_out)
     scored = likelihood_texts(splits, split, config, subject.prompt_encoder)
+    # Of this corpus: a model that began from another run's weights has those of that run's.
+    log_unigram = log_frequencies(splits["train"].token_counts(len(subject.tokenizer)))
     with report.section("gaps") as result:
-        result["infill_accuracy"] = infill_figures(subject, held_out.rows)
+        result["infill_accuracy"] = infill_figures(subject, held_out.rows, log_unigram)
     with report.section(subject.likelihood_name) as result:
-        result["bits_per_byte"] = likelihood_figures(subject, scored)
+        result["bits_per_byte"] = likelihood_figures(subject, scored, log_unigram)
     if num_samples:
         with report.section("samples") as result:
             result["sampling"] = dataclasses.asdict(subject.settings)
@@ -120,10 +122,9 @@ def evaluate(
     return report.result
 
 
-def infill_figures(subject: Subject, rows: Sequence[PaddedBatch]) -> dict[str, dict]:
-    """Prints and returns how often gaps of each size are filled right."""
+def infill_figures(subject: Subject, rows: Sequence[PaddedBatch], log_unigram: np.ndarray) -> dict[str, dict]:
+    """Prints and returns how often gaps of each size are filled right, and how often by the most frequent token."""
     print(subject.filling)
-    log_unigram = np.asarray(subject.params["log_unigram"])
     words = allowed_tokens(subject.tokenizer, len(log_unigram))[ANY]
     # No end of text stands in a gap, though it may be the most frequent token.
     most_frequent = int(np.argmax(np.where(words, log_unigram, -np.inf)))
@@ -132,14 +133,14 @@ def infill_figures(subject: Subject, rows: Sequence[PaddedBatch]) -> dict[str, d
     return {str(size): dataclasses.asdict(accuracy) for size, accuracy in accuracies.items()}
 
 
-def likelihood_figures(subject: Subject, texts: Mapping[str, TextRows]) -> dict[str, dict]:
+def likelihood_figures(subject: Subject, texts: Mapping[str, TextRows], log_unigram: np.ndarray) -> dict[str, dict]:
     """Prints and returns the likelihood of each of `likelihood_texts`, and what frequencies alone would reach."""
     result = {}
     for name, text in texts.items():
         figure = subject.likelihood(text, rough=name in REFERENCES)
         print(f"{name}: {figure}", flush=True)
         result[name.replace(" ", "_")] = dataclasses.asdict(figure)
-    value = texts["with prompt"].bits_per_byte_by_frequency(np.asarray(subject.params["log_unigram"]))
+    value = texts["with prompt"].bits_per_byte_by_frequency(log_unigram)
     print(f"by the tokens' frequencies alone: {value:.3f} bits per byte", flush=True)
     return result | {"frequencies": {"value": value}}
 

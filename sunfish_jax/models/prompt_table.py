@@ -18,7 +18,7 @@ _MEASURED = 4096
 # Share of the prompts that may be too long for the table: without it all of them would be as wide as the longest,
 # and each layer attends to the whole width.
 _CUT_SHARE = 0.005
-# What the file of encoded prompts may grow to, and what it leaves free on the disk, for checkpoints.
+# What the file of encoded prompts may grow to, and what it leaves free on the disk.
 _MOST_FILE_BYTES, _BYTES_LEFT_FREE = 2**30, 2**31
 
 

@@ -1,1 +1,1 @@
-"""State, step, loop and metric writers."""
+"""State, optimiser, step and loop."""

@@ -18,7 +18,8 @@ _SECONDS_OF_ONE_SIGNAL = 0.3
 class StopRequest:
     """Within its `with` block the first SIGINT or SIGTERM only asks to stop; the second ends the process.
 
-    A SIGHUP only asks, however often it comes: a shell sends its own beside the kernel's.
+    A SIGHUP only asks, however often it comes: a shell sends its own beside the kernel's, and whoever ends the
+    session a SIGTERM after it.
 
     The main thread spends most of its time inside compiled code, where Python runs no signal handler. So a
     thread of its own reads the signals, from the pipe into which Python's C handler writes their numbers.
@@ -73,7 +74,7 @@ class StopRequest:
                 continue
             if time.monotonic() - asked_at < _SECONDS_OF_ONE_SIGNAL:
                 continue
-            if self._asked.is_set():
+            if asked_at > -math.inf:
                 self.tell("\nended at once, without saving")
                 os._exit(128 + number[0])
             self._asked.set()

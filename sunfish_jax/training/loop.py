@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from clu import asynclib, parameter_overview
+from clu import parameter_overview
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -83,7 +83,6 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     # The first batches are made while the state is read.
     batches = batch_iterator(source, first_step or 0, config.train.num_steps)
     with (
-        _writing_to(workdir),
         Checkpoints(workdir, config.checkpoint) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
@@ -106,19 +105,6 @@ def _train(config: ConfigDict, workdir: Path) -> None:
         )
         step = CompiledStep(make_train_step(config, prepared.model, mesh))
         loop.run(state, step, batches)
-
-
-@contextlib.contextmanager
-def _writing_to(workdir: Path):
-    """Errors of the metric writers, which write in a thread and raise at a later call or when closed."""
-    try:
-        yield
-    except asynclib.AsyncError as error:
-        # What is raised after the first one has that as its cause.
-        cause = error
-        while isinstance(cause, asynclib.AsyncError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise UserError(f"the figures of the run cannot be written to {workdir}: {cause}") from error
 
 
 def _with_compute_dtype(config: ConfigDict, saved: ConfigDict | None) -> ConfigDict:
@@ -149,8 +135,7 @@ def _first_state(
     checkpoints: Checkpoints,
     first_step: int | None,
 ) -> TrainState:
-    """The state to go on from, laid out over the mesh; only from here on is more than `data/` written to."""
-
+    """The state to go on from, laid out over the mesh; a new run's files are written from here on."""
     shapes = jax.eval_shape(lambda: create_state(config, prepared.model))
     shardings = state_shardings(shapes, mesh)
     if first_step is not None:
@@ -245,7 +230,7 @@ class Loop:
 
         Raises:
             UserError: the loss is not finite. Nothing is saved then.
-            OSError, asynclib.AsyncError: figures or lines cannot be written. The state is saved.
+            OSError: figures or lines cannot be written. The state is saved.
         """
         config, progress, stop = self.config, self.progress, self.stop
         first_step = progress.step
@@ -276,7 +261,7 @@ class Loop:
                 except BrokenPipeError:
                     # `main.py ... | head`. The state is whole: nothing is printed while it is given up.
                     stop.ask_without_output(1)
-                except (OSError, asynclib.AsyncError):
+                except OSError:
                     # A full disk, perhaps: there may be room for the state all the same.
                     if progress.step > first_step:
                         self._save(state, None)

@@ -22,7 +22,7 @@ from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser, make_model
 from sunfish_jax.models.prompt_encoder import PromptEncoder, make_prompt_encoder
 from sunfish_jax.models.prompt_table import PromptTable
-from sunfish_jax.workdir.config import CONFIG_FILE, record_config
+from sunfish_jax.workdir.config import CONFIG_FILE, HISTORY_FILE, record_config
 from sunfish_jax.workdir.row_lengths import save_row_lengths
 from sunfish_jax.workdir.run import IDENTITY_FILE, TOKENIZER_FOLDER, saved_identity
 from sunfish_jax.workdir.writers import WANDB_RUN_FILE
@@ -122,7 +122,7 @@ def corpus_tokenizer(source: Source, vocab_size: int) -> PreTrainedTokenizerFast
 
 def begin_workdir(workdir: Path, config: ConfigDict, prepared: Prepared):
     """Makes `workdir` that of a new run. Without a checkpoint, what an earlier one left there is of no use."""
-    for name in (CONFIG_FILE, WANDB_RUN_FILE):
+    for name in (CONFIG_FILE, HISTORY_FILE, WANDB_RUN_FILE):
         (workdir / name).unlink(missing_ok=True)
     record_config(workdir, config, step=0)
     prepared.tokenizer.save_pretrained(workdir / TOKENIZER_FOLDER)

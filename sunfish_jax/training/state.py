@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from sunfish_jax.data.tokens import log_frequencies
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
 from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TABLES, TextDenoiser, init_params
 from sunfish_jax.ops.orthogonalize import orthogonalize
@@ -131,9 +132,7 @@ def create_state(config: ConfigDict, model: TextDenoiser, token_counts: np.ndarr
     key = jax.random.key(config.train.seed)
     init_key, step_key = jax.random.split(key)
     params = init_params(model, init_key)
-    # One count is added to each so that an unseen token stays possible.
-    frequencies = (token_counts + 1.0) / (token_counts + 1.0).sum()
-    params["log_unigram"] = jnp.asarray(np.log(frequencies), jnp.float32)
+    params["log_unigram"] = jnp.asarray(log_frequencies(token_counts))
     schedule = make_schedule(config.diffusion.schedule, model.embedding_dim, model.vocab_size)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -4,13 +4,15 @@
 one's place, so it cannot import `clu.metric_writers` (nor derive from its `MetricWriter`) itself.
 """
 
+import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class SummaryWriter:
@@ -24,26 +26,31 @@ class SummaryWriter:
             first_step: what earlier files in `logdir` say about later steps than this is void: a run that was
                 killed and resumes from its last checkpoint does those steps again. None: all of it stays.
         """
-        self._file = EventFileWriter(logdir)
+        os.makedirs(logdir, exist_ok=True)
+        # TensorBoard knows event files by this beginning, and reads them in the order of their names.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        # Not TensorBoard's `EventFileWriter`: its thread prints a traceback when the disk is full.
+        self._file = RecordWriter(open(os.path.join(logdir, name), "xb"))
+        self._add(file_version="brain.Event:2")
         if first_step is not None:
             # TensorBoard drops points at and after the step of a START.
             restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._file.add_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
+            self._add(step=first_step + 1, session_log=restart)
 
-    def _add(self, step: int, summary):
-        self._file.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary))
+    def _add(self, **fields):
+        self._file.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
         """Writes one point of each named curve."""
         # One-number summaries rather than tensors: every reader of event files understands these.
         points = [summary_pb2.Summary.Value(tag=n, simple_value=float(v)) for n, v in scalars.items()]
-        self._add(step, summary_pb2.Summary(value=points))
+        self._add(step=int(step), summary=summary_pb2.Summary(value=points))
 
     def write_texts(self, step: int, texts: Mapping[str, str]):
         """Writes texts as they are: indented, which TensorBoard's markdown shows verbatim."""
         for name, text in texts.items():
             verbatim = "\n".join("    " + line for line in text.splitlines())
-            self._add(step, text_pb(name, verbatim))
+            self._add(step=int(step), summary=text_pb(name, verbatim))
 
     def write_hparams(self, hparams: Mapping[str, Any]):
         """Writes the configuration as one text."""

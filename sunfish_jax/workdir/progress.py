@@ -92,6 +92,7 @@ def load_totals(workdir: Path, step: int, num_steps: int) -> Progress:
 def _read_totals(workdir: Path) -> dict:
     file = workdir / TOTALS_FILE
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except ValueError:
+        totals = json.loads(file.read_text()) if file.exists() else {}
+        return {step: {name: value[name] for name in ("seconds", "real_tokens")} for step, value in totals.items()}
+    except (ValueError, AttributeError, TypeError, KeyError):
         raise UserError(f"{file} is damaged: put back the one that training wrote, or remove it") from None

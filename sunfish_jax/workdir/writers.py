@@ -82,7 +82,7 @@ class WandbWriter(event_writer.SummaryWriter):
 
 
 def make_writer(config: ConfigDict, workdir: Path, first_step: int = 0) -> metric_writers.MetricWriter:
-    """The writer of a run's figures, working in the background.
+    """The writer of a run's figures.
 
     Args:
         config: the whole configuration; `logging.wandb` and `logging.name` are read.
@@ -101,4 +101,4 @@ def make_writer(config: ConfigDict, workdir: Path, first_step: int = 0) -> metri
     ]
     if config.logging.wandb:
         writers.append(WandbWriter(workdir, config.logging.name))
-    return metric_writers.AsyncMultiWriter(writers)
+    return metric_writers.MultiWriter(writers)

@@ -1,5 +1,6 @@
 """What is made of a corpus once."""
 
+import shutil
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ def test_it_is_made_once_for_each_key(tmp_path):
     assert made_once(directory, "one", make) == first
     assert (first / "file").read_text() == "kept"
     assert (made_once(directory, "another", make) / "file").read_text() == "made"
-    assert len(list(directory.iterdir())) == 2
+    assert len([path for path in directory.iterdir() if path.is_dir()]) == 2
 
 
 def test_what_fails_leaves_nothing_and_is_made_again(tmp_path):
@@ -43,7 +44,7 @@ def test_what_fails_leaves_nothing_and_is_made_again(tmp_path):
 
     with pytest.raises(RuntimeError, match="half"):
         made_once(tmp_path, "key", fail)
-    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     assert (made_once(tmp_path, "key", make) / "file").read_text() == "made"
 
 
@@ -58,3 +59,17 @@ def test_a_second_process_waits_and_takes_what_the_first_made(tmp_path):
             # What is at work is not taken for what a killed process left.
             assert len(list(tmp_path.glob("incomplete-*"))) == 1
             assert first.communicate("go\n")[0] == second.communicate()[0] == "whole\n"
+
+
+def test_what_a_process_that_was_not_kept_away_made_is_taken(tmp_path):
+    def make_both(folder):
+        make(folder)
+        # Another process is done before this one.
+        made = folder.parent.parent / names[0]
+        shutil.copytree(folder, made)
+        (made / "file").write_text("theirs")
+
+    names = [made_once(tmp_path, "key", make).name]
+    shutil.rmtree(tmp_path / names[0])
+    assert (made_once(tmp_path, "key", make_both) / "file").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == names

@@ -75,7 +75,7 @@ print("tensorflow_datasets" in sys.modules)
 
 def test_prepared_tfds_dataset_by_name(corpus_dir):
     list(source_of("vital_articles", corpus_dir).examples("test"))  # prepares it
-    (prepared,) = (corpus_dir / "vital_articles").iterdir()
+    (prepared,) = (path for path in (corpus_dir / "vital_articles").iterdir() if path.is_dir())
     source = source_of("tfds:vital_articles", prepared, prompt_key="title")
     default = source_of("vital_articles", corpus_dir)
     named, ours = list(source.examples("test")), list(default.examples("test"))
@@ -150,10 +150,11 @@ def test_text_is_split_without_loss_into_separate_parts(tmp_path, many_files):
     assert source.continuous
 
 
+@pytest.mark.parametrize("word", ["word", "文字列"])
 @pytest.mark.parametrize("size", [26_000, 100_000, 1_000_000])
-def test_text_without_line_breaks_is_split_too(tmp_path, size):
-    text = "".join(f"word {number} " for number in range(size // 10))
-    (tmp_path / "one_line.txt").write_text(text)
+def test_text_without_line_breaks_is_split_too(tmp_path, size, word):
+    text = "".join(f"{word} {number} " for number in range(size // 10))
+    (tmp_path / "one_line.txt").write_text(text, encoding="utf-8")
     source = source_of(tmp_path / "one_line.txt")
     characters = {split: sum(len(example.text) for example in source.examples(split)) for split in SPLITS}
     assert sum(characters.values()) == len(text)

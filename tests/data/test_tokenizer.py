@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -69,6 +71,13 @@ def test_tokenizers_that_cannot_serve(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "of next year"}}')
     with pytest.raises(UserError, match="no tokenizer that can be read"):
         load_tokenizer(tmp_path)
+    gpt2_like(tmp_path / "gap", "<|endoftext|>")
+    state = json.loads((tmp_path / "gap/tokenizer.json").read_text())
+    state["model"]["vocab"]["on"] = 300  # as in ports of tokenizers that leave a number out
+    state["model"]["merges"] = [merge for merge in state["model"]["merges"] if "".join(merge) != "Ġon"]
+    (tmp_path / "gap/tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"leaves numbers out: it has \d+ tokens, and the last is number 300"):
+        load_tokenizer(tmp_path / "gap")
     gpt2_like(tmp_path / "no_eos", None, special="<start>")
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(tmp_path / "no_eos")

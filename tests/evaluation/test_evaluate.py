@@ -24,12 +24,11 @@ def rows():
     return [PaddedBatch(tokens, mask, np.zeros_like(mask), prompt)]
 
 
-def make_subject(log_unigram, **methods):
+def make_subject(**methods):
     words = Tokenizer(models.WordLevel({"<end>": END, **{f"w{i}": i for i in range(1, VOCAB)}}, unk_token="<end>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
-    params = {"log_unigram": np.asarray(log_unigram, np.float32)}
-    return types.SimpleNamespace(params=params, tokenizer=tokenizer, filling="by a stub", **methods)
+    return types.SimpleNamespace(tokenizer=tokenizer, filling="by a stub", **methods)
 
 
 def test_the_guess_for_a_gap_is_a_word_though_the_end_is_more_frequent(rows):
@@ -41,7 +40,7 @@ def test_the_guess_for_a_gap_is_a_word_though_the_end_is_more_frequent(rows):
 
     log_unigram = np.full(VOCAB, -3.0)
     log_unigram[[END, 3]] = -1.0, -1.5
-    figures = infill_figures(make_subject(log_unigram, fill=fill), rows)
+    figures = infill_figures(make_subject(fill=fill), rows, log_unigram)
     assert set(figures) == {"1", "2", "4", "8"}
     assert not np.any([mask.all() for mask in seen])
     assert [of["unigram"] for of in figures.values()] == [of["true"] for of in figures.values()]
@@ -57,7 +56,7 @@ def test_each_text_is_scored_and_references_roughly(rows, capsys):
 
     # Three bits for each of eight tokens as frequent as one another, which stand for two bytes each.
     even = np.full(VOCAB, -np.log(VOCAB))
-    figures = likelihood_figures(make_subject(even, likelihood=likelihood), texts)
+    figures = likelihood_figures(make_subject(likelihood=likelihood), texts, even)
     assert {name: figure["value"] for name, figure in figures.items()} == {
         "with_prompt": 1.25,
         "shuffled": 2.5,

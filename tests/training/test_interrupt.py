@@ -72,6 +72,19 @@ def test_second_signal_ends_at_once_even_inside_compiled_code():
     assert time.monotonic() - began < 5
 
 
+def test_the_first_signal_after_a_closed_terminal_only_asks_too(tmp_path):
+    # As at the end of a session: the kernel's for the terminal, then that of whoever ends what is left.
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)" + PROGRAM
+    program += f"open({str(tmp_path / 'asked')!r}, 'w').write(str(bool(stop)))"
+    process = subprocess.Popen([sys.executable, "-c", program, "5000000"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.4)
+    process.communicate(timeout=20)
+    assert process.returncode == 0 and (tmp_path / "asked").read_text() == "True"
+
+
 @pytest.mark.parametrize("reader", ["stdout", "stderr"])
 def test_a_reader_that_ctrl_c_ended_too_keeps_no_signal_from_being_heard(reader):
     # `main.py ... | tee log`, and with `2>&1`: the terminal sends its SIGINT to both.

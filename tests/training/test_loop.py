@@ -6,7 +6,6 @@ import types
 
 import numpy as np
 import pytest
-from clu import asynclib
 from ml_collections import ConfigDict
 
 from sunfish_jax.alone import alone_in
@@ -211,27 +210,15 @@ def test_output_that_nobody_reads_any_more_stops_it_saved(tmp_path, monkeypatch)
     assert recorder.asked and max(recorder.saved) == 5
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), asynclib.AsyncError("write")])
-def test_figures_that_cannot_be_written_end_it_saved(tmp_path, error):
+def test_figures_that_cannot_be_written_end_it_saved(tmp_path):
     def fail():
-        raise error
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     recorder = Recorder()
     recorder.flush = fail
-    with pytest.raises(type(error)):
+    with pytest.raises(OSError, match="No space"):
         make_loop(tmp_path, recorder, first_step=4).run(4, FakeStep(), endless())
     assert recorder.saved == {5: None}
-
-
-def test_errors_of_the_writers_are_told_by_what_they_came_from(tmp_path):
-    def fail(cause):
-        raise asynclib.AsyncError("write") from cause
-
-    with pytest.raises(UserError, match=f"{tmp_path}: disk gone"), loop._writing_to(tmp_path):
-        try:
-            fail(OSError("disk gone"))
-        except asynclib.AsyncError as first:
-            fail(first)
 
 
 def test_there_are_totals_for_every_checkpoint(tmp_path):

@@ -15,7 +15,7 @@ from sunfish_jax.errors import UserError
 from sunfish_jax.models import prompt_table
 from sunfish_jax.training import preparation
 from sunfish_jax.training.preparation import begin_workdir, prepare_run
-from sunfish_jax.workdir.config import load_config
+from sunfish_jax.workdir.config import HISTORY_FILE, load_config
 from sunfish_jax.workdir.row_lengths import load_row_lengths
 from sunfish_jax.workdir.run import IDENTITY_FILE
 from sunfish_jax.workdir.writers import WANDB_RUN_FILE
@@ -124,10 +124,11 @@ def test_config_of_a_run_that_saved_nothing_is_replaced(config, prepared, tmp_pa
     begin_workdir(tmp_path, config, prepared)
     other = config.copy_and_resolve_references()
     other.model.width = 128
-    (tmp_path / WANDB_RUN_FILE).write_text("of the run before")
+    for name in (WANDB_RUN_FILE, HISTORY_FILE):
+        (tmp_path / name).write_text("of the run before")
     begin_workdir(tmp_path, other, prepared)
     assert load_config(tmp_path).model.width == 128
-    assert not (tmp_path / WANDB_RUN_FILE).exists()
+    assert not (tmp_path / WANDB_RUN_FILE).exists() and not (tmp_path / HISTORY_FILE).exists()
 
 
 def test_token_counts_are_those_of_the_training_text(prepared):

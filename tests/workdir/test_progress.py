@@ -68,7 +68,8 @@ def test_totals_go_on_from_the_checkpoint_they_were_saved_with(tmp_path):
     assert load_totals(tmp_path / "new", step=0, num_steps=10).seconds == 0
 
 
-def test_damaged_totals_are_one_line(tmp_path):
-    (tmp_path / "progress.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"1": 2}', '{"1": {"seconds": 2}}'])
+def test_damaged_totals_are_one_line(tmp_path, text):
+    (tmp_path / "progress.json").write_text(text)
     with pytest.raises(UserError, match=r"progress.json is damaged"):
         load_totals(tmp_path, step=1, num_steps=10)

@@ -68,6 +68,38 @@ def test_resumed_run_replaces_the_points_it_does_again(tmp_path):
     assert curve(read(tmp_path), "train/loss") == expected
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from ml_collections import ConfigDict
+from sunfish_jax.workdir.writers import make_writer
+writer = make_writer(ConfigDict({"logging": {"name": "try", "wandb": False}}), Path(sys.argv[1]))
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, most))  # what a full disk does, to files of this process alone
+step = 0
+try:
+    while True:
+        step += 1
+        writer.write_scalars(step=step, scalars={"train/loss": float(step)})
+        writer.flush()
+except OSError as error:
+    print(step, error.strerror)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # and then there is room
+writer.write_scalars(step=step + 1, scalars={"train/loss": step + 1.0})
+writer.close()
+"""
+
+
+def test_a_full_disk_is_an_error_where_it_is_written_and_no_point_is_lost(tmp_path):
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    step, reason = done.stdout.split(maxsplit=1)
+    assert int(step) > 3 and reason == "File too large\n"
+    points = curve(read(tmp_path), "train/loss")
+    assert points == [(number, float(number)) for number in range(1, int(step) + 2)]
+
+
 @pytest.mark.parametrize("writer_class", [event_writer.SummaryWriter, writers.WandbWriter])
 def test_writers_have_every_method_of_clus_interface(writer_class):
     for name in writers.metric_writers.MetricWriter.__abstractmethods__:
