@@ -92,9 +92,12 @@ def test_its_step_trains_from_our_loss_on(torch, config, model, state):
     twin.choose(batch, ["float32"], 1, compiled=False)
     assert twin.seconds(batch) > 0
     assert twin.taken[16].startswith("float32")
+    # Those were steps too: from the first weights again.
+    make_twin(torch, model, state.params)
+    TwinSteps(torch, config, state.schedule)
     losses = [torch.call("twin_step", batch=str(batch.tokens.shape))["loss"] for _ in range(60)]
     # Their random numbers differ, so over few rows the losses are only about the same.
-    assert losses[0] == pytest.approx(float(metrics["loss"]), rel=0.1)
+    assert losses[0] == pytest.approx(float(metrics["loss"]), rel=0.05)
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
