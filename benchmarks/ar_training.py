@@ -124,7 +124,6 @@ def create_twin_state(config: ConfigDict, model: CausalTransformer, token_counts
     """The state before the first step; token_counts [V] is how often each token occurs in the training text."""
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     params = init_twin(model, init_key)
-    # One count is added to each so that an unseen token stays possible.
     params["log_unigram"] = jnp.asarray(log_frequencies(token_counts))
     return TwinState(
         step=jnp.zeros((), jnp.int32),
@@ -401,6 +400,7 @@ class TwinLoop:
             "train/real_tokens": progress.real_tokens,
         }
         self.writer.write_scalars(step=progress.step, scalars=scalars)
+        self.writer.flush()
         self._last_line = now
         self._losses.clear()
 

@@ -134,7 +134,7 @@ class TorchCourses:
       twin: the twin's, of padded rows.
       first: the first SunFish.
       first_times: the seconds of its steps.
-      filled: the share of its positions that this corpus would fill.
+      filled: the share of its positions that this corpus would fill, one text in each block.
     """
 
     ours: Course

@@ -100,8 +100,8 @@ class FirstSunFishSteps:
 
     Attributes:
       parameters: how many it has.
-      positions: of a step, padding included.
-      block_size: what it pads every row to.
+      positions: of a step.
+      block_size: the positions of a row.
     """
 
     def __init__(self, torch: TorchProcess):

@@ -14,9 +14,9 @@ bfloat16 where layers multiply in eight bits, and else in the step's number form
 `ratio_plain_flax` is our real tokens per second over those of plain_flax.py, with the configuration's optimiser on
 both sides (optax's own Muon on theirs). `ratio_torch_twin` is that over the twin's (torch_twin.py), with AdamW on
 both sides, and `ratio_torch_twin_as_configured` with the configuration's optimiser on ours. `ratio_first_sunfish`
-is our real tokens per second, as configured, over the *positions* per second of the first SunFish
-(first_sunfish.py), as if no position of it were padding; `ratio_first_sunfish_real_tokens` is that over its real
-tokens, since it pads every row to 256.
+is our real tokens per second, as configured, over the positions per second of the first SunFish (first_sunfish.py),
+which cuts running text into blocks and has no padding; `ratio_first_sunfish_real_tokens` is that over its real
+tokens, had it one text of the corpus in each block.
 """
 
 from absl import app, flags

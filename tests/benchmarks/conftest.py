@@ -12,14 +12,20 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
-def torch():
-    """A PyTorch process, by the Python that TORCH_PYTHON names or by this one."""
-    from torch_process import TorchProcess
-
+def torch_python() -> str:
+    """A Python that has PyTorch: what TORCH_PYTHON names, or this one."""
     python = os.environ.get("TORCH_PYTHON") or sys.executable
     if python == sys.executable and importlib.util.find_spec("torch") is None:
         pytest.skip("no PyTorch: install the extra `bench`, or set TORCH_PYTHON to a Python that has it")
-    with TorchProcess(python) as process:
+    return python
+
+
+@pytest.fixture(scope="module")
+def torch(torch_python):
+    """A PyTorch process."""
+    from torch_process import TorchProcess
+
+    with TorchProcess(torch_python) as process:
         process.call("start", threads=1)
         yield process
 

@@ -1,5 +1,8 @@
 """The first SunFish, in its size and in a small one."""
 
+import subprocess
+from pathlib import Path
+
 import numpy as np
 
 SMALL = {
@@ -17,6 +20,26 @@ def test_it_has_the_parameters_of_its_source(torch):
     expected = (8192 + 256) * 512 + noise_level + prompt + 8 * layer + 2 * 512 + 512 * 512
     assert made["parameters"] == expected == 41_632_768
     assert (made["positions"], made["block_size"]) == (8 * 4 * 256, 256)
+
+
+# What its speed hangs on: dropout in training alone, and no cross-attention without a prompt.
+PARTS = f"""
+import torch
+from first_sunfish import FirstSunFish, Sizes
+first = FirstSunFish(Sizes(**{SMALL}))
+model, z, level, prompt = first.model, torch.randn(2, 16, 32), torch.tensor([3, 400]), torch.randn(2, 4, 32)
+same = lambda *inputs: torch.equal(model(z, level, *inputs), model(z, level, *inputs))
+print(same(prompt), model.eval() and same(prompt))
+before = [model(z, level, given) for given in (prompt, None)]
+torch.nn.init.ones_(model.layers[0].cross_attention.out_proj.bias)
+print(*[torch.equal(model(z, level, given), old) for given, old in zip((prompt, None), before)])
+"""
+
+
+def test_training_drops_and_what_has_no_prompt_attends_to_none(torch_python):
+    folder = Path(__file__).parents[2] / "benchmarks"
+    done = subprocess.run([torch_python, "-c", PARTS], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.stdout.splitlines() == ["False True", "False True"], done.stderr
 
 
 def test_it_learns_to_predict_noise(torch):

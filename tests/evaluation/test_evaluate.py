@@ -5,7 +5,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from configs import default
 from sunfish_jax.data.padded_rows import PaddedBatch
+from sunfish_jax.evaluation import evaluate
 from sunfish_jax.evaluation.bound import BitsPerByte
 from sunfish_jax.evaluation.evaluate import infill_figures, likelihood_figures
 from sunfish_jax.evaluation.text_rows import TextRows
@@ -67,3 +69,30 @@ def test_each_text_is_scored_and_references_roughly(rows, capsys):
         "shuffled: 2.500 ± 0.125 bits per byte (exact; 12 rows, 99 bytes)",
         "by the tokens' frequencies alone: 1.500 bits per byte",
     ]
+
+
+def test_frequencies_are_those_of_the_corpus_though_the_model_began_with_others(tmp_path, monkeypatch):
+    seen, none = [], types.SimpleNamespace(rows=[])
+    monkeypatch.setattr(evaluate, "TextRows", types.SimpleNamespace(of=lambda *_: none))
+    monkeypatch.setattr(evaluate, "likelihood_texts", lambda *_: {})
+    for name in ("infill_figures", "likelihood_figures"):
+        monkeypatch.setattr(evaluate, name, lambda *arguments: seen.append(arguments[-1]) or {})
+    counts = np.array([0, 1, 3, 4, 0, 0, 0, 0])
+    splits = {
+        "train": types.SimpleNamespace(token_counts=lambda vocab_size: counts[:vocab_size]),
+        "validation": types.SimpleNamespace(num_rows=1),
+    }
+    subject = make_subject(
+        workdir=tmp_path,
+        config=default.get_config(),
+        params={"log_unigram": np.full(VOCAB, -2.0)},
+        progress=types.SimpleNamespace(step=1, seconds=1.0, real_tokens=1),
+        prompt_encoder=None,
+        likelihood_name="likelihood",
+        held_out=lambda text: {},
+    )
+    evaluate.evaluate(subject, None, splits, "validation", num_samples=0)
+    # One count more for each.
+    assert len(seen) == 2
+    for log_unigram in seen:
+        np.testing.assert_allclose(np.exp(log_unigram), (counts + 1) / 16, rtol=1e-6)
