@@ -589,7 +589,7 @@ def run_loop(workdir, monkeypatch, *, budget, losses=None, after=None, stop=None
             every_steps=5,
             workdir=workdir,
             checkpoints=checkpoints,
-            writer=types.SimpleNamespace(write_scalars=lambda **_: None),
+            writer=types.SimpleNamespace(write_scalars=lambda **_: None, flush=lambda: None),
             stop=Stop() if stop is None else stop,
             evaluate=evaluate,
             progress=load_totals(workdir, first_step, 0),
