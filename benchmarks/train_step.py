@@ -5,8 +5,9 @@
 
 With --compare also against PyTorch: a twin of our network with AdamW, in the fastest way found for it (number
 format, attention and passes at once at the commonest row length, eager or compiled at each), and the first SunFish
-as it shipped. Each side works while the others wait, in turn, and the medians count. Each has
-its own batches of the same corpus: ours are packed rows, as in training, theirs are padded to one of --row_lengths.
+as it shipped. --peers names those that are wanted: one ratio takes minutes, all take more than an hour. Each side
+works while the others wait, in turn, and the medians count. Each has its own batches of the same corpus: ours are
+packed rows, as in training, theirs are padded to one of --row_lengths.
 
 The last line is one JSON object. `tokens_per_s` counts real tokens, over the shapes in the mix of an epoch;
 `matmul_share` is the needed arithmetic (flops.py) over what the best product would do in that time, of operands in
@@ -41,6 +42,11 @@ flags.DEFINE_integer(
     "Forward passes in a step of the comparison with plain Flax, on both sides, if the configuration has more",
     lower_bound=1,
 )
+flags.DEFINE_list(
+    "peers",
+    "plain_flax,torch_twin,first_sunfish",
+    "What to compare with; the last two are PyTorch, and left out without --compare",
+)
 flags.DEFINE_integer(
     "row_lengths", 8, "Lengths that the networks compared with pad rows to, at most", lower_bound=1
 )
@@ -50,6 +56,11 @@ define_comparison(repeats=3)
 def check() -> None:
     check_config()
     check_comparison()
+    for peer in FLAGS.peers:
+        if peer not in FLAGS["peers"].default:
+            raise UserError(f"--peers={peer} is none of {', '.join(FLAGS['peers'].default)}: name some of them")
+        if FLAGS["peers"].present and not FLAGS.compare and peer != "plain_flax":
+            raise UserError(f"--peers={peer} is PyTorch, which needs --compare: add it, or leave {peer} out")
 
 
 def main(argv: list[str]) -> None:
@@ -68,6 +79,7 @@ def main(argv: list[str]) -> None:
                 FLAGS.repeats,
                 FLAGS.plain_accumulate_steps,
                 FLAGS.row_lengths,
+                [peer for peer in FLAGS.peers if torch is not None or peer == comparison.PLAIN_FLAX],
                 torch,
             )
     except UserError as error:

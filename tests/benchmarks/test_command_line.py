@@ -52,6 +52,8 @@ def test_help_is_quick(tmp_path, name, words):
         ("train_step", ["--config=nowhere.py"], ["--config=nowhere.py", "no such file"]),
         ("train_step", [NANO, "--torch_python=python"], ["--torch_python", "without --compare"]),
         ("train_step", [NANO, "--compare", "--torch_python=nowhere"], ["--torch_python=nowhere is no program"]),
+        ("train_step", [NANO, "--peers=flax"], ["--peers=flax is none of plain_flax, torch_twin, first_sunfish"]),
+        ("train_step", [NANO, "--peers=torch_twin"], ["--peers=torch_twin is PyTorch, which needs --compare"]),
         ("sampling", [], ["--config is missing"]),
         ("sampling", [NANO, "--workdir=runs"], ["both"]),
         ("sampling", ["--workdir=nowhere"], ["--workdir=nowhere", "no run"]),

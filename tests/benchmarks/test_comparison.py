@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from comparison import Course, JaxSteps, Measured, TorchCourses, measure, report
+from comparison import Course, FirstCourse, JaxSteps, Measured, PlainCourses, TwinCourses, measure, report
 from encoders import FrozenEncoder
 from epoch_mix import Typical
 from flops import useful_flops
@@ -42,6 +42,17 @@ class FixedFirst:
 
     def seconds(self):
         return next(self.times)
+
+
+class FixedHandover:
+    def __init__(self):
+        self.times = 0
+
+    def measure(self):
+        self.times += 1
+
+    def __str__(self):
+        return f"{self.times} GB/s"
 
 
 class FixedRate:
@@ -86,20 +97,24 @@ def make_padded(passes=2) -> list[Typical]:
 def make_measured(torch: bool) -> Measured:
     mix, short_mix, padded, short_padded = make_mix(), make_mix(passes=1), make_padded(), make_padded(passes=1)
     ours = Fixed(each=0.01)
-    courses = None
+    twin = first = None
     if torch:
         # Every second one counts.
-        first = FixedFirst(each for counted in (16.0, 90.0, 17.0, 16.5, 17.0, 60.0) for each in (99.0, counted))
-        twin = Course.of(Fixed(each=0.02), padded)
-        courses = TorchCourses(Course.of(Fixed(each=0.008), mix), twin, first, first_times=[], filled=0.4)
-    plain = Course.of(Fixed(each=0.03), short_padded)
-    return Measured(Course.of(ours, mix), Course.of(ours, short_mix), plain, courses)
+        steps = FixedFirst(each for counted in (16.0, 90.0, 17.0, 16.5, 17.0, 60.0) for each in (99.0, counted))
+        first = FirstCourse(steps, times=[], filled=0.4)
+        twin = TwinCourses(Course.of(Fixed(each=0.008), mix), Course.of(Fixed(each=0.02), padded))
+    plain = PlainCourses(Course.of(ours, short_mix), Course.of(Fixed(each=0.03), short_padded))
+    return Measured(Course.of(ours, mix), plain, twin, first)
 
 
 def measured_report(config, torch: bool, capsys) -> tuple[dict, str]:
-    measured, model = make_measured(torch), make_model(config, 300, ENCODER)
-    measure(measured, 3, FixedRate())
-    report("nano", config, model, FixedRate(), measured)
+    return reported(config, make_measured(torch), capsys)
+
+
+def reported(config, measured: Measured, capsys) -> tuple[dict, str]:
+    handover, model = FixedHandover(), make_model(config, 300, ENCODER)
+    measure(measured, 3, FixedRate(), handover)
+    report("nano", config, model, FixedRate(), handover, measured)
     printed = capsys.readouterr().out
     return json.loads(printed.rstrip().split("\n")[-1]), printed
 
@@ -116,6 +131,8 @@ def test_without_pytorch(config, capsys):
         "ratio_plain_flax": 3.0,
     }
     assert "PyTorch" not in printed
+    # Beside each of three courses' steps, of two shapes, three times.
+    assert "another reads at 18 GB/s" in printed
 
 
 def test_with_pytorch(config, capsys):
@@ -134,12 +151,25 @@ def test_with_pytorch(config, capsys):
     assert "PyTorch twin, rows of 16, 32: float32, eager" in printed
 
 
+def test_with_the_first_sunfish_alone(config, capsys):
+    measured = make_measured(True)
+    result, printed = reported(config, Measured(measured.ours, first=measured.first), capsys)
+    assert {name for name in result if name.startswith("ratio")} == {
+        "ratio_first_sunfish",
+        "ratio_first_sunfish_real_tokens",
+    }
+    assert result["ratio_first_sunfish"] == pytest.approx(62.5 / (8192 / 17.0), abs=1e-3)
+    assert "plain Flax" not in printed and "twin" not in printed
+    assert measured.twin.twin.times == [[], []]
+
+
 def test_everything_is_timed_in_turn():
     measured = make_measured(True)
-    measure(measured, 3, FixedRate())
+    measure(measured, 3, FixedRate(), FixedHandover())
     # Beside each of our two shapes.
-    assert measured.torch.first_times == [16.0, 90.0, 17.0, 16.5, 17.0, 60.0]
-    for course in (measured.ours, measured.ours_short, measured.plain, measured.torch.ours, measured.torch.twin):
+    assert measured.first.times == [16.0, 90.0, 17.0, 16.5, 17.0, 60.0]
+    assert len(measured.courses()) == 5
+    for course in measured.courses():
         assert [len(times) for times in course.times] == [3, 3]
     # Ours, in whole and in shortened steps, alternate rather than coming in blocks, one shape after the other;
     # of two in a row the second is timed.
@@ -150,7 +180,7 @@ def test_everything_is_timed_in_turn():
 def test_theirs_may_have_more_shapes_than_ours():
     theirs = Course.of(Fixed(each=0.03), [*make_padded(), *make_padded()])
     ours = Course.of(Fixed(each=0.01), make_mix())
-    measure(Measured(ours, ours, theirs, None), 2, FixedRate())
+    measure(Measured(ours, PlainCourses(ours, theirs)), 2, FixedRate(), FixedHandover())
     assert [len(times) for times in theirs.times] == [2, 2, 2, 2]
     # In each of the rounds.
     assert [len(times) for times in ours.times] == [4, 4]
@@ -158,8 +188,8 @@ def test_theirs_may_have_more_shapes_than_ours():
 
 def test_a_course_that_is_two_things_is_timed_once():
     ours = Course.of(Fixed(each=0.01), make_mix())
-    measured = Measured(ours, ours, Course.of(Fixed(each=0.03), make_padded()), None)
-    measure(measured, 3, FixedRate())
+    measured = Measured(ours, PlainCourses(ours, Course.of(Fixed(each=0.03), make_padded())))
+    measure(measured, 3, FixedRate(), FixedHandover())
     assert [len(times) for times in ours.times] == [3, 3]
 
 
