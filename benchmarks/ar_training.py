@@ -25,7 +25,6 @@ from sunfish_jax.data.tokens import log_frequencies
 from sunfish_jax.errors import UserError
 from sunfish_jax.evaluation.text_rows import TextRows
 from sunfish_jax.models.denoiser import compute_params
-from sunfish_jax.ops.awake import awake_cores
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.ops.rows import PackedRows
 from sunfish_jax.training.interrupt import StopRequest
@@ -246,7 +245,7 @@ def train(config: ConfigDict, workdir: Path, *, budget: Budget, eval_every: int)
 
     shapes = jax.eval_shape(create)
     shardings = state_shardings(shapes, mesh)
-    with awake_cores(), Checkpoints(workdir, _KEPT) as checkpoints, contextlib.ExitStack() as stack:
+    with Checkpoints(workdir, _KEPT) as checkpoints, contextlib.ExitStack() as stack:
         if resuming:
             abstract = jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -1,6 +1,5 @@
 """The measurement behind train_step.py."""
 
-import contextlib
 import dataclasses
 import json
 import statistics
@@ -29,7 +28,6 @@ from sunfish_jax.data.padded_rows import PaddedBatch
 from sunfish_jax.diffusion.schedules import Schedule
 from sunfish_jax.errors import UserError
 from sunfish_jax.models.denoiser import TextDenoiser
-from sunfish_jax.ops.awake import awake_cores
 from sunfish_jax.training.preparation import Prepared, prepare_run
 from sunfish_jax.training.sharding import make_mesh, state_shardings
 from sunfish_jax.training.state import TrainState, create_state
@@ -61,11 +59,8 @@ class JaxSteps:
         self,
         compile_step: Callable[[Any, AnyBatch], Callable[[Any, AnyBatch], tuple[Any, Any]]],
         state: Any,
-        surroundings: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
-        """Steps from `state`; `surroundings` is what training takes them in."""
         self.state = state
-        self._surroundings = surroundings
         self._compile = compile_step
         # Of one kind of batch, by the number of passes.
         self._kind: tuple[Any, ...] = ()
@@ -82,10 +77,9 @@ class JaxSteps:
         if passes not in self._compiled:
             self._compiled[passes] = self._compile(self.state, batch)
             self.seconds(batch)
-        with self._surroundings():
-            start = time.perf_counter()
-            self.state, figures = jax.block_until_ready(self._compiled[passes](self.state, batch))
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        self.state, figures = jax.block_until_ready(self._compiled[passes](self.state, batch))
+        seconds = time.perf_counter() - start
         if not all(np.isfinite(figure).all() for figure in jax.tree.leaves(figures)):
             raise AssertionError("the loss is not finite: what these steps do is no training")
         return seconds
@@ -260,8 +254,8 @@ def make_state(config: ConfigDict, prepared: Prepared, mesh: Mesh) -> TrainState
 
 
 def our_steps(config: ConfigDict, model: TextDenoiser, mesh: Mesh, state: TrainState) -> JaxSteps:
-    """Our training steps from a state, on cores as awake as in training."""
-    return JaxSteps(make_train_step(config, model, mesh).compile, state, awake_cores)
+    """Our training steps from a state."""
+    return JaxSteps(make_train_step(config, model, mesh).compile, state)
 
 
 def check_plain_function(model: TextDenoiser, params: Mapping[str, Any]) -> None:

@@ -49,7 +49,6 @@ def train(config, point: dict) -> list[float]:
 
     from sunfish_jax.data.batches import PackedBatch
     from sunfish_jax.models.denoiser import make_model
-    from sunfish_jax.ops.awake import awake_cores
     from sunfish_jax.training.sharding import make_mesh, state_shardings
     from sunfish_jax.training.state import create_state
     from sunfish_jax.training.step import make_train_step
@@ -75,12 +74,11 @@ def train(config, point: dict) -> list[float]:
     )
     step = make_train_step(config, model, mesh)
     times = []
-    with awake_cores():
-        # The first one compiles, and the second still finds its memory.
-        for _ in range(2 + point["repeats"]):
-            start = time.perf_counter()
-            state, _ = jax.block_until_ready(step(state, batch))
-            times.append(time.perf_counter() - start)
+    # The first one compiles, and the second still finds its memory.
+    for _ in range(2 + point["repeats"]):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, batch))
+        times.append(time.perf_counter() - start)
     return times[2:]
 
 

@@ -9,8 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from sunfish_jax.ops.awake import awake_cores
-
 # As many as the residual stream of a pass of `micro` has.
 _NUMBERS = 2**19
 _ROUNDS = 20
@@ -24,7 +22,7 @@ class Handover:
     In a virtual machine the host may move a core to where it shares no cache with the others, and back.
 
     Attributes:
-      bytes_per_second: of each time it was measured; none where there is one core, or threads cannot be kept on one.
+      bytes_per_second: of each time; none where there is one core, or threads cannot be kept on one.
     """
 
     def __init__(self):
@@ -34,8 +32,7 @@ class Handover:
         """Measures it once more, which takes some milliseconds a core."""
         if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
             first, *others = sorted(os.sched_getaffinity(0))
-            # A core that rests empties its caches.
-            with awake_cores(), _on_core(first) as on_first:
+            with _on_core(first) as on_first:
                 self.bytes_per_second.append(min(_handover(on_first, core) for core in others))
 
     def __str__(self) -> str:

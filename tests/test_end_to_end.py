@@ -1,8 +1,6 @@
 """The real `main.py`, from a person's own file to text: train, stop, resume, sample, infill, eval."""
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sunfish_jax.ops.awake import is_worthwhile
 from sunfish_jax.training.state import create_state
 from sunfish_jax.workdir.checkpoints import Checkpoints
 from sunfish_jax.workdir.run import load_run
@@ -100,27 +97,14 @@ def unstopped(folder):
     return finish(train(folder, "unstopped"))[0]
 
 
-def threads_at_idle_priority(process):
-    """How many of a process's threads run only where no other wants to."""
-    number = 0
-    for task in Path(f"/proc/{process.pid}/task").glob("*"):
-        with contextlib.suppress(ProcessLookupError):
-            number += os.sched_getscheduler(int(task.name)) == os.SCHED_IDLE
-    return number
-
-
 @pytest.fixture(scope="module")
 def resumed(folder, unstopped):
-    """Stopped by SIGTERM in the middle of a step, where no checkpoint was due, and run again.
-
-    Returns its threads at idle priority while it trained.
-    """
+    """Stopped by SIGTERM in the middle of a step, where no checkpoint was due, and run again."""
     process = train(folder, "stopped")
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith("step  5/"):
-            at_idle_priority = threads_at_idle_priority(process)
             process.send_signal(signal.SIGTERM)
             break
     _, err = finish(process)
@@ -129,7 +113,6 @@ def resumed(folder, unstopped):
     assert (folder / "stopped/checkpoints" / str(stopped_at)).is_dir()
     out, _ = finish(train(folder, "stopped"))
     assert f"from step {stopped_at}" in out
-    return at_idle_priority
 
 
 def state_of(workdir, step):
@@ -161,11 +144,6 @@ def test_stopped_and_resumed_run_ends_in_the_same_bits(folder, resumed):
         assert any(name.startswith(kind) for name in changed), kind
     assert ".key" in expected and expected[".step"] == NUM_STEPS
     assert differing(expected, found) == []
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux has this scheduling policy")
-def test_a_virtual_machines_cores_are_kept_awake_in_training(resumed):
-    assert resumed == (len(os.sched_getaffinity(0)) if is_worthwhile() else 0)
 
 
 def test_tensorboard_has_every_figure_once_over_both_sittings(folder, resumed):

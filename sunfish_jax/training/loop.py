@@ -18,7 +18,6 @@ from sunfish_jax.alone import alone_in
 from sunfish_jax.data.batches import PackedBatch, batch_iterator
 from sunfish_jax.errors import UserError
 from sunfish_jax.ops.allocator import give_back_freed_memory
-from sunfish_jax.ops.awake import awake_cores
 from sunfish_jax.ops.compute_dtype import fastest_compute_dtype
 from sunfish_jax.training.init_from import init_state, init_tokenizer
 from sunfish_jax.training.interrupt import StopRequest
@@ -234,38 +233,34 @@ class Loop:
         """
         config, progress, stop = self.config, self.progress, self.stop
         first_step = progress.step
-        with contextlib.ExitStack() as stack:
-            while progress.step < progress.num_steps and not stop:
-                try:
-                    began = time.monotonic()
-                    batch = next(batches)
-                    compiling = train_step.compile(state, batch)
-                    if progress.step == first_step and jax.default_backend() == "cpu":
-                        # Not before: to trace a program and read it from the cache is slower beside spinning cores.
-                        stack.enter_context(awake_cores())
-                    state, metrics = train_step(state, batch)
-                    self._give_back_memory()
-                    progress.add_compiling(compiling)
-                    progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
-                    self._check_finite(metrics)
-                    self._report(metrics)
-                    # A checkpoint is kept for its held-out loss, so that comes first; samples can wait.
-                    held_out = None
-                    if self._is_due(config.eval.every_steps) and not stop:
-                        held_out = self._once_free("evaluate", lambda state=state: self._evaluate(state))
-                    # Of each evaluation, or the best state might be none that is kept.
-                    if self._is_due(config.checkpoint.every_steps) or held_out is not None:
-                        self._save(state, held_out)
-                    if self._is_due(config.logging.sample_every_steps) and not stop:
-                        self._once_free("sample", lambda state=state: self._show_samples(state))
-                except BrokenPipeError:
-                    # `main.py ... | head`. The state is whole: nothing is printed while it is given up.
-                    stop.ask_without_output(1)
-                except OSError:
-                    # A full disk, perhaps: there may be room for the state all the same.
-                    if progress.step > first_step:
-                        self._save(state, None)
-                    raise
+        while progress.step < progress.num_steps and not stop:
+            try:
+                began = time.monotonic()
+                batch = next(batches)
+                compiling = train_step.compile(state, batch)
+                state, metrics = train_step(state, batch)
+                self._give_back_memory()
+                progress.add_compiling(compiling)
+                progress.add_step(time.monotonic() - began - compiling, int(np.sum(batch.padding_mask)))
+                self._check_finite(metrics)
+                self._report(metrics)
+                # A checkpoint is kept for its held-out loss, so that comes first; samples can wait.
+                held_out = None
+                if self._is_due(config.eval.every_steps) and not stop:
+                    held_out = self._once_free("evaluate", lambda state=state: self._evaluate(state))
+                # Of each evaluation, or the best state might be none that is kept.
+                if self._is_due(config.checkpoint.every_steps) or held_out is not None:
+                    self._save(state, held_out)
+                if self._is_due(config.logging.sample_every_steps) and not stop:
+                    self._once_free("sample", lambda state=state: self._show_samples(state))
+            except BrokenPipeError:
+                # `main.py ... | head`. The state is whole: nothing is printed while it is given up.
+                stop.ask_without_output(1)
+            except OSError:
+                # A full disk, perhaps: there may be room for the state all the same.
+                if progress.step > first_step:
+                    self._save(state, None)
+                raise
         if progress.step > first_step:
             self._save(state, None)
         if not progress.step:

@@ -1,6 +1,5 @@
 """The loop around the step: when things happen, what is reported, and how it ends."""
 
-import contextlib
 import errno
 import types
 
@@ -164,29 +163,6 @@ def test_freed_memory_goes_back_every_few_seconds(tmp_path, monkeypatch):
 
     make_loop(tmp_path, Recorder()).run(0, FakeStep(after=dict.fromkeys(range(1, 11), two_seconds)), endless())
     assert gave_back == [2.0, 8.0, 14.0, 20.0]
-
-
-def test_cores_are_kept_awake_from_the_first_step_to_the_last(tmp_path, monkeypatch):
-    events = []
-
-    @contextlib.contextmanager
-    def awake_cores():
-        events.append("awake")
-        yield
-        events.append("asleep")
-
-    class Step(FakeStep):
-        def compile(self, state, batch):
-            events.append("compile")
-            return 0.0
-
-        def __call__(self, state, batch):
-            events.append("step")
-            return super().__call__(state, batch)
-
-    monkeypatch.setattr(loop, "awake_cores", awake_cores)
-    make_loop(tmp_path, Recorder(), num_steps=5, first_step=3).run(3, Step(), endless())
-    assert events == ["compile", "awake", "step", "compile", "step", "asleep"]
 
 
 def test_stop_finishes_the_step_saves_it_and_says_how_to_resume(tmp_path):
