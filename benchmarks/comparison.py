@@ -103,14 +103,14 @@ class Course:
     def of(cls, contender: Contender, mix: list[Typical]) -> "Course":
         return cls(contender, mix, [[] for _ in mix])
 
-    def repeat(self, index: int) -> None:
-        """Times another step of one of the shapes, as in training after one of the same contender's.
+    def take_turn(self, index: int, steps: int) -> None:
+        """Times further steps of one of the shapes, as in training after one of the same contender's.
 
         The first after the others' turns is slower: memory that was freed went back to the system meanwhile.
         """
         batch = self.mix[index].batch
         self.contender.seconds(batch)
-        self.times[index].append(self.contender.seconds(batch))
+        self.times[index] += [self.contender.seconds(batch) for _ in range(steps)]
 
     def seconds(self, index: int) -> float:
         """The median of one of the shapes."""
@@ -191,6 +191,7 @@ def run(
     name: str,
     config: ConfigDict,
     repeats: int,
+    steps: int,
     plain_accumulate_steps: int,
     num_lengths: int,
     peers: Collection[str],
@@ -240,7 +241,7 @@ def run(
         adamw.optimizer.name = "adamw"
         ours_adamw = Course.of(our_steps(adamw, model, mesh, make_state(adamw, prepared, mesh)), mix)
     measured = Measured(ours, plain and PlainCourses(short, plain), twin and TwinCourses(ours_adamw, twin), first)
-    measure(measured, repeats, rate, handover)
+    measure(measured, repeats, steps, rate, handover)
     report(name, config, model, rate, handover, measured)
 
 
@@ -341,7 +342,7 @@ def first_course(torch: TorchProcess, prepared: Prepared) -> FirstCourse:
     return FirstCourse(first, [], float(lengths.mean()) / first.block_size)
 
 
-def measure(measured: Measured, repeats: int, rate: MatrixRate, handover: Handover) -> None:
+def measure(measured: Measured, repeats: int, steps: int, rate: MatrixRate, handover: Handover) -> None:
     """Times everything in turn, the machine's products and how near its cores are in between.
 
     Ours and theirs have shapes of their own: the shortest rows of each are timed in turn, then longer ones, and so
@@ -357,11 +358,11 @@ def measure(measured: Measured, repeats: int, rate: MatrixRate, handover: Handov
         print(f" {'/'.join(map(str, lengths))}", end="", flush=True)
         for _ in range(repeats):
             for course, index in at_hand:
-                course.repeat(index)
+                course.take_turn(index, steps)
                 handover.measure()
             if first is not None:
                 first.contender.seconds()
-                first.times.append(first.contender.seconds())
+                first.times.extend(first.contender.seconds() for _ in range(steps))
         rate.measure()
     print()
 

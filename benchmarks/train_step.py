@@ -42,6 +42,9 @@ flags.DEFINE_integer(
     "Forward passes in a step of the comparison with plain Flax, on both sides, if the configuration has more",
     lower_bound=1,
 )
+flags.DEFINE_integer(
+    "steps", 1, "Steps in a row that each side is timed for in its turn, after one that is not", lower_bound=1
+)
 flags.DEFINE_list(
     "peers",
     "plain_flax,torch_twin,first_sunfish",
@@ -77,6 +80,7 @@ def main(argv: list[str]) -> None:
                 config_path().stem,
                 FLAGS.config,
                 FLAGS.repeats,
+                FLAGS.steps,
                 FLAGS.plain_accumulate_steps,
                 FLAGS.row_lengths,
                 [peer for peer in FLAGS.peers if torch is not None or peer == comparison.PLAIN_FLAX],

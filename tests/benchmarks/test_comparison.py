@@ -113,7 +113,7 @@ def measured_report(config, torch: bool, capsys) -> tuple[dict, str]:
 
 def reported(config, measured: Measured, capsys) -> tuple[dict, str]:
     handover, model = FixedHandover(), make_model(config, 300, ENCODER)
-    measure(measured, 3, FixedRate(), handover)
+    measure(measured, 3, 1, FixedRate(), handover)
     report("nano", config, model, FixedRate(), handover, measured)
     printed = capsys.readouterr().out
     return json.loads(printed.rstrip().split("\n")[-1]), printed
@@ -165,7 +165,7 @@ def test_with_the_first_sunfish_alone(config, capsys):
 
 def test_everything_is_timed_in_turn():
     measured = make_measured(True)
-    measure(measured, 3, FixedRate(), FixedHandover())
+    measure(measured, 3, 1, FixedRate(), FixedHandover())
     # Beside each of our two shapes.
     assert measured.first.times == [16.0, 90.0, 17.0, 16.5, 17.0, 60.0]
     assert len(measured.courses()) == 5
@@ -177,10 +177,20 @@ def test_everything_is_timed_in_turn():
     assert shapes == 3 * [*2 * [(2, 4, 32)], *2 * [(1, 4, 32)]] + 3 * [*2 * [(2, 2, 64)], *2 * [(1, 2, 64)]]
 
 
+def test_a_turn_may_be_of_several_steps():
+    # The first of a turn, which does not count, and two that do.
+    steps = FixedFirst(each for counted in range(4) for each in (99.0, counted, counted + 0.5))
+    measured = Measured(Course.of(Fixed(each=0.01), make_mix()), first=FirstCourse(steps, times=[], filled=0.4))
+    measure(measured, 2, 2, FixedRate(), FixedHandover())
+    assert measured.first.times == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]
+    assert [len(times) for times in measured.ours.times] == [4, 4]
+    assert measured.ours.contender.asked == 6 * [(2, 4, 32)] + 6 * [(2, 2, 64)]
+
+
 def test_theirs_may_have_more_shapes_than_ours():
     theirs = Course.of(Fixed(each=0.03), [*make_padded(), *make_padded()])
     ours = Course.of(Fixed(each=0.01), make_mix())
-    measure(Measured(ours, PlainCourses(ours, theirs)), 2, FixedRate(), FixedHandover())
+    measure(Measured(ours, PlainCourses(ours, theirs)), 2, 1, FixedRate(), FixedHandover())
     assert [len(times) for times in theirs.times] == [2, 2, 2, 2]
     # In each of the rounds.
     assert [len(times) for times in ours.times] == [4, 4]
@@ -189,7 +199,7 @@ def test_theirs_may_have_more_shapes_than_ours():
 def test_a_course_that_is_two_things_is_timed_once():
     ours = Course.of(Fixed(each=0.01), make_mix())
     measured = Measured(ours, PlainCourses(ours, Course.of(Fixed(each=0.03), make_padded())))
-    measure(measured, 3, FixedRate(), FixedHandover())
+    measure(measured, 3, 1, FixedRate(), FixedHandover())
     assert [len(times) for times in ours.times] == [3, 3]
 
 
