@@ -35,7 +35,7 @@ from sunfish_jax.training.step import make_train_step
 
 AnyBatch = PackedBatch | PaddedBatch
 # What ours may be compared with.
-PLAIN_FLAX, TORCH_TWIN, FIRST_SUNFISH = PEERS = ("plain_flax", "torch_twin", "first_sunfish")
+PLAIN_FLAX, TORCH_TWIN, FIRST_SUNFISH = "plain_flax", "torch_twin", "first_sunfish"
 
 
 class Contender(Protocol):
@@ -202,7 +202,8 @@ def run(
     Raises:
       UserError: the configuration cannot be prepared, or has no network to compare with.
     """
-    if config.prompt_encoder.name == "transformer" and {PLAIN_FLAX, TORCH_TWIN} & set(peers):
+    of_our_network = {PLAIN_FLAX, TORCH_TWIN} & set(peers)
+    if config.prompt_encoder.name == "transformer" and of_our_network:
         raise UserError(
             "config.prompt_encoder.name='transformer' has no plain Flax or PyTorch twin to compare "
             "with: choose minilm or gpt2, whose weights are not trained"
@@ -212,23 +213,24 @@ def run(
     state = make_state(config, prepared, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{name}: {parameters:,} parameters, products in {model.number_format}, {mesh.size} device(s)")
+    if of_our_network:
+        check_same_function(model, state.params, peers, torch)
     rate, handover = MatrixRate(model.dtype), Handover()
     rate.measure()
 
     mix = typical_batches(config, prepared)
-    padded = padded_batches(config, prepared, num_lengths) if {PLAIN_FLAX, TORCH_TWIN} & set(peers) else []
+    padded = padded_batches(config, prepared, num_lengths) if of_our_network else []
     fewer = min(plain_accumulate_steps, config.train.accumulate_steps)
     # Copied before our first step gives up the buffers.
-    params, schedule = state.params, jax.tree.map(jnp.copy, state.schedule)
+    schedule = jax.tree.map(jnp.copy, state.schedule)
     plain = twin = first = None
     if PLAIN_FLAX in peers:
-        check_plain_function(model, params)
-        plain_state = make_plain_state(config, plain_params(params), mesh)
-        plain = faster_plain(config, model, mesh, schedule, plain_state, shortened(padded, fewer), repeats)
-        plain = Course.of(plain, shortened(padded, fewer))
+        short_padded = shortened(padded, fewer)
+        plain_state = make_plain_state(config, plain_params(state.params), mesh)
+        steps_of_plain = faster_plain(config, model, mesh, schedule, plain_state, short_padded, repeats)
+        plain = Course.of(steps_of_plain, short_padded)
     if TORCH_TWIN in peers:
-        check_twin_function(model, params, torch)
-        twin = fastest_twin(torch, config, model, params, schedule, padded, repeats)
+        twin = fastest_twin(torch, config, model, state.params, schedule, padded, repeats)
     if FIRST_SUNFISH in peers:
         first = first_course(torch, prepared)
     ours = Course.of(our_steps(config, model, mesh, state), mix)
@@ -259,19 +261,18 @@ def our_steps(config: ConfigDict, model: TextDenoiser, mesh: Mesh, state: TrainS
     return JaxSteps(make_train_step(config, model, mesh).compile, state)
 
 
-def check_plain_function(model: TextDenoiser, params: Mapping[str, Any]) -> None:
-    """Raises an AssertionError unless plain Flax returns our logits in float32."""
+def check_same_function(
+    model: TextDenoiser, params: Mapping[str, Any], peers: Collection[str], torch: TorchProcess | None
+) -> None:
+    """Raises an AssertionError unless plain Flax and the twin, where they are peers, return our logits in float32."""
     params, inputs = moved(params), Inputs.random(model)
-    check_same("plain Flax", our_logits(model, params, inputs), plain_logits(model, params, inputs))
-
-
-def check_twin_function(model: TextDenoiser, params: Mapping[str, Any], torch: TorchProcess) -> None:
-    """Raises an AssertionError unless the PyTorch twin returns our logits in float32."""
-    params, inputs = moved(params), Inputs.random(model)
-    make_twin(torch, model, params)
     ours = our_logits(model, params, inputs)
-    for fused_attention in (True, False):
-        check_same("the PyTorch twin", ours, twin_logits(torch, inputs, "float32", fused_attention))
+    if PLAIN_FLAX in peers:
+        check_same("plain Flax", ours, plain_logits(model, params, inputs))
+    if TORCH_TWIN in peers:
+        make_twin(torch, model, params)
+        for fused_attention in (True, False):
+            check_same("the PyTorch twin", ours, twin_logits(torch, inputs, "float32", fused_attention))
 
 
 def shortened(mix: list[Typical], passes: int) -> list[Typical]:
