@@ -264,7 +264,7 @@ def our_steps(config: ConfigDict, model: TextDenoiser, mesh: Mesh, state: TrainS
 def check_same_function(
     model: TextDenoiser, params: Mapping[str, Any], peers: Collection[str], torch: TorchProcess | None
 ) -> None:
-    """Raises an AssertionError unless plain Flax and the twin, where they are peers, return our logits in float32."""
+    """Raises an AssertionError unless those of the peers that have our network return our logits in float32."""
     params, inputs = moved(params), Inputs.random(model)
     ours = our_logits(model, params, inputs)
     if PLAIN_FLAX in peers:
