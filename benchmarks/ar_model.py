@@ -58,8 +58,9 @@ class CausalTransformer(nn.Module):
         # kernel to the optimiser: Adam, not Muon, trains it.
         self.head_table = self.param("head_table", zeros, (self.vocab_size, width))
 
-    # The denoiser's own: both read prompts alike.
+    # The denoiser's own: both read prompts alike, here with no kernel in eight bits.
     encode_prompt = TextDenoiser.encode_prompt
+    quantized = False
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """What goes into the first layer: [...] int32 -> [..., W] float32."""

@@ -13,6 +13,7 @@ from sunfish_jax.models.layers import (
     QUANTIZED,
     NoiseLevelFeatures,
     TransformerLayer,
+    in_eight_bits,
     kernel_init,
     rms_norm,
     split_heads,
@@ -80,7 +81,8 @@ class Vocabulary:
 class TextDenoiser(nn.Module):
     """A bidirectional transformer that predicts the clean tokens behind noisy embeddings.
 
-    In bfloat16 its layers may multiply with their kernels in eight bits instead (`quantized`).
+    In bfloat16 its layers, and what makes the prompts' keys and values, may multiply with their kernels in eight bits
+    instead (`quantized`).
 
     Shapes: B rows, S tokens, D embedding_dim, W width, V vocab_size, L num_layers, H num_heads, P prompt length.
     """
@@ -155,7 +157,9 @@ class TextDenoiser(nn.Module):
         # Only one position of a null prompt is read: they are all the same.
         mask = jnp.where(given, prompt.mask, jnp.arange(length) == 0)
         states = states.reshape(batch * length, -1)
-        both = dense(states, self.prompt_kernel.astype(self.dtype)).astype(self.dtype)
+        kernel = self.prompt_kernel.astype(self.dtype)
+        quantized = in_eight_bits(self, "prompt_kernel", kernel) if self.quantized else None
+        both = dense(states, kernel, quantized).astype(self.dtype)
         parts = [split_heads(part, batch, self.num_heads) for part in jnp.split(both, 2 * self.num_layers, axis=-1)]
         return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)
 
@@ -291,7 +295,9 @@ def compute_params(params: Any, dtype: jnp.dtype) -> Any:
 
 
 def quantized_kernels(model: TextDenoiser, params: Any) -> dict[str, Any]:
-    """The variables beside `params` that hold the kernels of the layers in eight bits, made once for many passes.
+    """The variables beside `params` that hold kernels in eight bits, made once for many passes.
+
+    They are those of the layers and that of the prompts' keys and values.
 
     Args:
       model: the denoiser.
@@ -302,12 +308,9 @@ def quantized_kernels(model: TextDenoiser, params: Any) -> dict[str, Any]:
     """
     if not model.quantized:
         return {}
-    layers = {name: kernels for name, kernels in params.items() if name.startswith("layers_")}
-    return {
-        QUANTIZED: {
-            layer: {
-                name: quantize_kernel(kernel) for name, kernel in kernels.items() if name.endswith(KERNEL_SUFFIXES)
-            }
-            for layer, kernels in layers.items()
-        }
-    }
+
+    def kernels(group):
+        return {name: quantize_kernel(p) for name, p in group.items() if name.endswith(KERNEL_SUFFIXES)}
+
+    layers = {name: kernels(group) for name, group in params.items() if name.startswith("layers_")}
+    return {QUANTIZED: layers | {"prompt_kernel": quantize_kernel(params["prompt_kernel"])}}

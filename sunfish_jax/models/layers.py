@@ -62,11 +62,17 @@ class NoiseLevelFeatures(nn.Module):
         return nn.silu(dense(hidden, self.param("kernel_out", kernel_init(self.dim), (self.dim, self.dim))))
 
 
+def in_eight_bits(module: nn.Module, name: str, kernel: jax.Array) -> QuantizedKernel:
+    """A kernel of a module, from the collection `QUANTIZED` where it was made once for many passes."""
+    made_before = module.get_variable(QUANTIZED, name)
+    return quantize_kernel(kernel) if made_before is None else made_before
+
+
 class TransformerLayer(nn.Module):
     """Self-attention, cross-attention to the prompt, and a squared-ReLU feed-forward layer, all pre-norm.
 
     A causal layer reads a position's past and itself alone. A quantized one multiplies with its kernels in eight
-    bits; it takes them from the collection `QUANTIZED` where they were made once for many passes.
+    bits.
     """
 
     width: int
@@ -101,10 +107,7 @@ class TransformerLayer(nn.Module):
 
         def kernel(name, columns, init):
             values = self.param(name, init, (width, columns)).astype(self.dtype)
-            if not self.quantized:
-                return _Kernel(values, None)
-            made_before = self.get_variable(QUANTIZED, name)
-            return _Kernel(values, quantize_kernel(values) if made_before is None else made_before)
+            return _Kernel(values, in_eight_bits(self, name, values) if self.quantized else None)
 
         parameters = _LayerParameters(
             attention_taps=taps("attention_taps"),

@@ -45,7 +45,7 @@ class DrawnPacks:
         """Where the rows of packs [P] lie among their P n positions."""
         return PackedRows.in_packs(self.lengths, self.tokens.shape[-1], self.longest)
 
-    def inputs(self, model: TextDenoiser, params: Any, vocabulary: Vocabulary) -> tuple[jax.Array, Any]:
+    def inputs(self, model: TextDenoiser, variables: Any, vocabulary: Vocabulary) -> tuple[jax.Array, Any]:
         """Of packs [P] the noisy embeddings z [P, n, D], and the prompts of their rows, encoded."""
         clean = vocabulary.embeddings[self.tokens]
         noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(self.noise_key)
@@ -55,7 +55,7 @@ class DrawnPacks:
         # To the process each position is a row of its own: it has the noise level of its row.
         noisy = diffuse(clean[:, :, None], noise[:, :, None], gamma)[:, :, 0]
         prompt = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.prompt)
-        keys_values = model.apply({"params": params}, prompt, method="encode_prompt")
+        keys_values = model.apply(variables, prompt, method="encode_prompt")
         return jnp.where(self.known_mask[..., None], clean, noisy), keys_values
 
 
@@ -171,13 +171,14 @@ def estimates(model, params, quantized, vocabulary, packs: DrawnPacks, chosen: j
       packs: of all passes, [A, P].
       chosen: as for `first_estimates`.
     """
+    variables = {"params": params} | quantized
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), packs)
 
     def estimate(numbers):
         few = jax.tree.map(lambda leaf: leaf[numbers], flat)
-        z, prompts = few.inputs(model, params, vocabulary)
+        z, prompts = few.inputs(model, variables, vocabulary)
         inputs = vocabulary, z, few.gamma.ravel(), jnp.zeros_like(z), few.known_mask, prompts
-        return model.apply({"params": params} | quantized, *inputs, packed=few.rows(), method="estimate")
+        return model.apply(variables, *inputs, packed=few.rows(), method="estimate")
 
     shape = (*flat.tokens.shape, model.embedding_dim)
     return first_estimates(estimate, shape, chosen).reshape(*packs.tokens.shape, -1)
@@ -200,10 +201,11 @@ def pass_loss(
     Returns:
       The scalar loss, and each row's summed cross-entropy and its number of targets, [P, b, 2].
     """
-    z, prompts = packs.inputs(model, params, vocabulary)
+    variables = {"params": params} | quantized
+    z, prompts = packs.inputs(model, variables, vocabulary)
     rows = packs.rows()
     losses = model.apply(
-        {"params": params} | quantized,
+        variables,
         vocabulary,
         packs.tokens,
         z,

@@ -286,14 +286,14 @@ def test_kernels_are_the_same_quantized_before_and_within(model, variables, inpu
     )
     (collection,) = made_before.values()
     kernels = {"attention_in", "attention_out", "cross_in", "cross_out", "mlp_in", "mlp_out"}
-    assert {name: layer.keys() for name, layer in collection.items()} == dict.fromkeys(
-        ("layers_0", "layers_1"), kernels
-    )
+    assert collection.keys() == {"layers_0", "layers_1", "prompt_kernel"}
+    assert collection["layers_0"].keys() == collection["layers_1"].keys() == kernels
     within = logits(quantized, variables, inputs, prompt_of(0))
     np.testing.assert_array_equal(within, logits(quantized, variables | made_before, inputs, prompt_of(0)))
     # They are what is multiplied with, not the kernels beside them.
-    other = jax.tree.map(jnp.zeros_like, made_before)
-    assert np.abs(within - logits(quantized, variables | other, inputs, prompt_of(0))).max() > 0.1
+    for part in ("layers_0", "prompt_kernel"):
+        other = {layers.QUANTIZED: collection | {part: jax.tree.map(jnp.zeros_like, collection[part])}}
+        assert np.abs(within - logits(quantized, variables | other, inputs, prompt_of(0))).max() > 0.1
     assert quantized_kernels(model, variables["params"]) == {}
 
 

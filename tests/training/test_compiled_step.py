@@ -82,9 +82,10 @@ def test_every_matrix_product_of_the_step_is_fast(dtype):
         assert count_matrix_products(text) >= AT_LEAST[program]
         assert slow_matrix_products(text) == []
         assert float32_matrix_products(text) == []
-    # Of the six dense products of two layers: forward, both gradients, and once more in the first estimates.
+    # Of the six dense products of two layers, and of the prompts' keys and values: forward, both gradients, and once
+    # more in the first estimates.
     in_eight_bits = re.findall(r"= s32\[[\d,]+\]\S* dot\(", texts["gradients"])
-    assert len(in_eight_bits) == (4 * 2 * 6 if dtype == "int8" else 0)
+    assert len(in_eight_bits) == (4 * (2 * 6 + 1) if dtype == "int8" else 0)
 
 
 def test_kernels_are_quantized_once_a_step():
@@ -118,10 +119,10 @@ def test_every_matrix_product_of_float32_gradients_is_left_to_eigen():
 
 
 def test_a_single_plain_dense_layer_is_noticed(monkeypatch):
-    def plain_for_the_prompt(x, kernel):
+    def plain_for_the_prompt(x, kernel, quantized=None):
         # Keys and values of two layers as wide as 512.
         if kernel.shape != (512, 2 * 2 * 512):
-            return dense(x, kernel)
+            return dense(x, kernel, quantized)
         return jnp.dot(x.astype(kernel.dtype), kernel).astype(jnp.float32)
 
     monkeypatch.setattr("sunfish_jax.models.denoiser.dense", plain_for_the_prompt)

@@ -58,9 +58,10 @@ def test_kernels_in_eight_bits_are_parameters():
     plain = step_memory(config, model, make_mesh(1))
     config.model.compute_dtype = "int8"
     quantized = step_memory(config, make_model(config, config.tokenizer.vocab_size, ENCODER), make_mesh(1))
-    # Three layers of 64, each kernel twice: a byte a number, and steps of four bytes for its rows and columns.
-    kernels = 3 * (3 + 1 + 1 + 1 + 4 + 4) * 64 * 64
-    steps = 3 * 4 * (4 + 2 + 2 + 2 + 5 + 5) * 64
+    # Three layers of 64 and the prompts' keys and values for them, each kernel twice: a byte a number, and steps of
+    # four bytes for its rows and columns.
+    kernels = (3 * (3 + 1 + 1 + 1 + 4 + 4) + 3 * 2) * 64 * 64
+    steps = 4 * (3 * (4 + 2 + 2 + 2 + 5 + 5) + 1 + 3 * 2) * 64
     assert quantized.parameters - plain.parameters == 2 * kernels + steps
     assert quantized.activations == plain.activations
 

@@ -32,6 +32,7 @@ def make_config(optimizer="adamw"):
     config.model.dropout = 0.1
     config.model.num_layers = 1
     config.model.conv_width = 3
+    config.diffusion.self_conditioning_every = 4
     config.optimizer.name = optimizer
     config.optimizer.warmup_steps = 1
     config.train.accumulate_steps = 2
@@ -277,7 +278,7 @@ def test_known_positions_are_given_clean(model, new_state):
     keys, numbers = jax.random.split(jax.random.key(5), 3), jnp.arange(8).reshape(2, 4)
     packs = jax.jit(draw_packs)(batch, jnp.zeros((2, 4, ROWS)), keys, numbers, dropout=0.0)
     packs, known, tokens = jax.tree.map(lambda leaf: leaf[0], (packs, batch.known_mask, batch.tokens))
-    z, _ = jax.jit(DrawnPacks.inputs, static_argnums=1)(packs, model, params, vocabulary)
+    z, _ = jax.jit(DrawnPacks.inputs, static_argnums=1)(packs, model, {"params": params}, vocabulary)
     clean = np.asarray(vocabulary.embeddings)[tokens]
     noise = [jax.random.normal(key, (SIZE, model.embedding_dim)) for key in packs.noise_key]
     np.testing.assert_array_equal(z[known], clean[known])
@@ -383,7 +384,7 @@ def test_estimates_are_the_models_own_for_each_row_by_itself(model, new_state):
 
     for index in (1, 3, 5):
         pack = jax.tree.map(lambda leaf, i=index: leaf.reshape(6, *leaf.shape[2:])[i, None], packs)
-        z, _ = inputs(pack, model, params, vocabulary)
+        z, _ = inputs(pack, model, {"params": params}, vocabulary)
         for row, span in enumerate(spans(pack.lengths[0])):
             prompt = jax.tree.map(lambda leaf, r=row: leaf[0, r, None], pack.prompt)
             given = z[:, span], pack.gamma[0, row, None], jnp.zeros_like(z[:, span]), pack.known_mask[:, span]
