@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     # Adam's, for the numbers of the learned schedule.
     diffusion.schedule_learning_rate = 1e-2
     # One pack of rows in this many is trained with its own first estimate as a further input; 0 for never.
-    diffusion.self_conditioning_every = 4
+    diffusion.self_conditioning_every = 8
     # Share of rows whose prompt is replaced by the learned null prompt.
     diffusion.conditioning_dropout = 0.1
     # Share of rows in which some spans are given clean, as in infilling, and the others noised more.

@@ -27,6 +27,9 @@ def get_config() -> ConfigDict:
 
     config.prompt_encoder.max_length = 32
 
+    # A step has no more packs.
+    config.diffusion.self_conditioning_every = 4
+
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 200
 
