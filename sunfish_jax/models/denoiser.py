@@ -81,8 +81,8 @@ class Vocabulary:
 class TextDenoiser(nn.Module):
     """A bidirectional transformer that predicts the clean tokens behind noisy embeddings.
 
-    In bfloat16 its layers, and what makes the prompts' keys and values, may multiply with their kernels in eight bits
-    instead (`quantized`).
+    In bfloat16 its layers, and what makes the prompts' keys and values, may multiply with their kernels in eight
+    bits instead (`quantized`).
 
     Shapes: B rows, S tokens, D embedding_dim, W width, V vocab_size, L num_layers, H num_heads, P prompt length.
     """

@@ -49,8 +49,8 @@ def test_every_matrix_product_of_sampling_is_fast(dtype):
     # Ten products a layer and five around them; where guidance acts they are compiled a second time.
     assert count_matrix_products(text) >= 2 * 2 * 10
     assert slow_matrix_products(text) == []
-    # The six dense products of two layers, in the branches with and without guidance, and the keys and values of the
-    # prompts and of none.
+    # The six dense products of two layers, in the branches with and without guidance, and the keys and values of
+    # the prompts and of none.
     assert len(re.findall(r"= s32\[[\d,]+\]\S* dot\(", text)) == (28 if dtype == "int8" else 0)
     if dtype != "float32":
         assert float32_matrix_products(text) == []

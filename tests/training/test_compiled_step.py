@@ -82,8 +82,8 @@ def test_every_matrix_product_of_the_step_is_fast(dtype):
         assert count_matrix_products(text) >= AT_LEAST[program]
         assert slow_matrix_products(text) == []
         assert float32_matrix_products(text) == []
-    # Of the six dense products of two layers, and of the prompts' keys and values: forward, both gradients, and once
-    # more in the first estimates.
+    # Of the six dense products of two layers, and of the prompts' keys and values: forward, both gradients, and
+    # once more in the first estimates.
     in_eight_bits = re.findall(r"= s32\[[\d,]+\]\S* dot\(", texts["gradients"])
     assert len(in_eight_bits) == (4 * (2 * 6 + 1) if dtype == "int8" else 0)
 
