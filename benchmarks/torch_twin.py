@@ -358,7 +358,7 @@ class Trainer:
         kept = torch.rand(len(gamma), 1) >= self.training.conditioning_dropout
         prompt = model.encode_prompt(rows.prompt_inputs, rows.prompt_mask & kept)
 
-        # A first estimate in every fourth row or so, by the row's number within the step.
+        # A first estimate of one row in so many, by the row's number within the step.
         x_hat = torch.zeros_like(z)
         start = -first_row % every if every else len(gamma)
         if start < len(gamma):
