@@ -13,8 +13,8 @@ from sunfish_jax.models.layers import (
     QUANTIZED,
     NoiseLevelFeatures,
     TransformerLayer,
-    in_eight_bits,
     kernel_init,
+    quantized_kernel,
     rms_norm,
     split_heads,
 )
@@ -158,7 +158,7 @@ class TextDenoiser(nn.Module):
         mask = jnp.where(given, prompt.mask, jnp.arange(length) == 0)
         states = states.reshape(batch * length, -1)
         kernel = self.prompt_kernel.astype(self.dtype)
-        quantized = in_eight_bits(self, "prompt_kernel", kernel) if self.quantized else None
+        quantized = quantized_kernel(self, "prompt_kernel", kernel) if self.quantized else None
         both = dense(states, kernel, quantized).astype(self.dtype)
         parts = [split_heads(part, batch, self.num_heads) for part in jnp.split(both, 2 * self.num_layers, axis=-1)]
         return PromptKeysValues(tuple(parts[: self.num_layers]), tuple(parts[self.num_layers :]), mask)

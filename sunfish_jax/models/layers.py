@@ -62,7 +62,7 @@ class NoiseLevelFeatures(nn.Module):
         return nn.silu(dense(hidden, self.param("kernel_out", kernel_init(self.dim), (self.dim, self.dim))))
 
 
-def in_eight_bits(module: nn.Module, name: str, kernel: jax.Array) -> QuantizedKernel:
+def quantized_kernel(module: nn.Module, name: str, kernel: jax.Array) -> QuantizedKernel:
     """A kernel of a module, from the collection `QUANTIZED` where it was made once for many passes."""
     made_before = module.get_variable(QUANTIZED, name)
     return quantize_kernel(kernel) if made_before is None else made_before
@@ -107,7 +107,7 @@ class TransformerLayer(nn.Module):
 
         def kernel(name, columns, init):
             values = self.param(name, init, (width, columns)).astype(self.dtype)
-            return _Kernel(values, in_eight_bits(self, name, values) if self.quantized else None)
+            return _Kernel(values, quantized_kernel(self, name, values) if self.quantized else None)
 
         parameters = _LayerParameters(
             attention_taps=taps("attention_taps"),
