@@ -84,7 +84,8 @@ class Comparison:
       mean: of the mean gradient over the batches; errors that are alike in all batches stay in it.
       chance: what the exact mean gradient is off by itself, for it is of few batches: half the difference of its
         halves, which varies as it does.
-      direction: the cosine between Muon's directions for the two mean gradients; None where Muon is not used.
+      direction: the cosine between the two mean gradients, each kernel orthogonalised by itself as by a Muon that
+        takes none together; None where Muon is not used.
       direction_chance: the same for the exact mean gradients of the two halves.
     """
 

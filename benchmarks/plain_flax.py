@@ -272,10 +272,11 @@ class NoisyRows:
 
 
 def make_plain_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """What `training.state.make_optimizer` computes, from optax's own parts.
+    """As `training.state.make_optimizer`, from optax's own parts.
 
-    Its Muon is ours with momentum averaged rather than summed, which orthogonalising takes no notice of, with the
-    bias of the first steps corrected, and with five iterations of Newton-Schulz, in float32.
+    Its Muon orthogonalises each kernel by itself, where ours takes those of a layer side by side. It averages
+    momentum rather than sums it up, which orthogonalising takes no notice of, corrects the bias of the first steps,
+    and makes five iterations of Newton-Schulz, in float32.
 
     Args:
       config: the `optimizer` group.

@@ -17,6 +17,9 @@ from sunfish_jax.ops.rows import Rows
 
 # The collection of variables that holds a model's kernels in eight bits.
 QUANTIZED = "quantized"
+# A layer's kernels that read its residual stream and those that write to it, each with its dimension of width W.
+READERS = {"attention_in": 0, "cross_in": 0, "mlp_in": 0}
+WRITERS = {"attention_out": 1, "cross_out": 1, "mlp_out": 0}
 
 _EPSILON = 1e-6
 

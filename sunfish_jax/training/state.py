@@ -7,17 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sunfish_jax.data.tokens import log_frequencies
 from sunfish_jax.diffusion.schedules import Schedule, make_schedule
 from sunfish_jax.models.denoiser import KERNEL_SUFFIXES, TABLES, TextDenoiser, init_params
-from sunfish_jax.ops.orthogonalize import orthogonalize
-from sunfish_jax.training.sharding import DATA_AXIS
-
-_MUON_MOMENTUM = 0.95
+from sunfish_jax.training.muon import scale_by_muon
 
 
 @flax.struct.dataclass
@@ -82,31 +78,6 @@ def make_optimizer(
         optax.stateless(table_rate),
         optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
     )
-
-
-def scale_by_muon(compute_dtype: jnp.dtype, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """The direction of Muon: Nesterov momentum, orthogonalised (Jordan et al. 2024).
-
-    An orthogonal [M, N] matrix has entries of root mean square 1 / sqrt(max(M, N)); they are scaled to 0.2, about
-    that of Adam's updates, so that both go by one learning rate (Liu et al. 2025, arXiv 2502.16982).
-    """
-
-    def direction(updates, params=None):
-        del params
-        leaves, tree = jax.tree.flatten(updates)
-        directions = [None] * len(leaves)
-        for shape in sorted({leaf.shape for leaf in leaves}):
-            places = [place for place, leaf in enumerate(leaves) if leaf.shape == shape]
-            stack = jnp.stack([leaves[place].astype(compute_dtype) for place in places])
-            if mesh is not None and len(stack) >= mesh.size:
-                # Whole matrices on each device: of parts of them, every device would work out all Gram matrices.
-                stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, P(DATA_AXIS)))
-            together = orthogonalize(stack, compute_dtype)
-            for place, matrix in zip(places, 0.2 * max(shape) ** 0.5 * together, strict=True):
-                directions[place] = matrix
-        return jax.tree.unflatten(tree, directions)
-
-    return optax.chain(optax.trace(_MUON_MOMENTUM, nesterov=True), optax.stateless(direction))
 
 
 def _is_kernel(params: Any) -> Any:

@@ -120,8 +120,9 @@ def assert_states_close(first, second, tolerance):
 def test_one_and_two_devices_compute_the_same():
     # Adam's first steps divide rounding errors by themselves; a larger epsilon is not ours to set, so the
     # comparison is of the losses over several steps, each of which follows from the whole state before it.
-    # Of one shape are three kernels (mlp_in, mlp_out, scales_kernel), of which one device orthogonalises two.
+    # What reads and what writes are three matrices of one shape each, of which one device orthogonalises two.
     config = make_config("muon")
+    config.model.num_layers = 3
     model = make_model(config, VOCAB, ENCODER)
     state = moved(jax.jit(lambda: create_state(config, model, COUNTS))())
 
