@@ -10,7 +10,13 @@ import pytest
 
 from sunfish_jax.diffusion.process import posterior_scale
 from sunfish_jax.models import layers
-from sunfish_jax.models.denoiser import TextDenoiser, compute_params, init_params, quantized_kernels
+from sunfish_jax.models.denoiser import (
+    KERNEL_SUFFIXES,
+    TextDenoiser,
+    compute_params,
+    init_params,
+    quantized_kernels,
+)
 from sunfish_jax.models.prompt import Prompt
 from sunfish_jax.ops.rows import PackedRows
 
@@ -277,6 +283,15 @@ def test_eight_bits_change_the_logits_a_little(model, variables, inputs):
     # Beside how much logits vary.
     assert 1e-4 < np.std(coarse - rounded) / np.std(exact) < 0.03
     assert np.std(coarse - exact) / np.std(exact) < 0.03
+
+
+def test_every_kernel_of_a_layer_reads_or_writes_the_residual_stream(model, variables):
+    """Muon takes them together by these names; one that is in neither would be taken by itself, unnoticed."""
+    layer = variables["params"]["layers_0"]
+    assert not layers.READERS.keys() & layers.WRITERS.keys()
+    both = layers.READERS | layers.WRITERS
+    assert both.keys() == {name for name in layer if name.endswith(KERNEL_SUFFIXES)}
+    assert {layer[name].shape[dimension] for name, dimension in both.items()} == {model.width}
 
 
 def test_kernels_are_the_same_quantized_before_and_within(model, variables, inputs):

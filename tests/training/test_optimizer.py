@@ -44,9 +44,9 @@ def small_gradients(params):
     return jax.tree.map(lambda p: 1e-3 * jnp.cos(3.0 * p), params)
 
 
-def side_by_side(kernels, names_of_the_others, names_of_the_transposed):
-    """[8, ...]: what reads the residual stream of width 8, or what writes to it."""
-    parts = [kernels[name] for name in names_of_the_others] + [kernels[name].T for name in names_of_the_transposed]
+def side_by_side(kernels, names, transposed):
+    """[8, ...]: the kernels of these names, and those stored the other way round; the residual stream is 8 wide."""
+    parts = [kernels[name] for name in names] + [kernels[name].T for name in transposed]
     return np.concatenate([np.asarray(part, np.float64) for part in parts], axis=1)
 
 
@@ -112,7 +112,7 @@ def test_only_kernels_decay(config, params, name):
 def test_adamw_is_optax_adamw(config, params):
     config.name = "adamw"
     config.table_multiplier = 1.0
-    gradients = jax.tree.map(lambda p: 1e-3 * jnp.cos(3.0 * p), params)
+    gradients = small_gradients(params)
     decayed = {"embedding": False, "head_table": False, "scales_kernel": True}
     decayed["layers_0"] = {name: name != "taps" for name in params["layers_0"]}
     reference = optax.adamw(
